@@ -1,44 +1,64 @@
-"Export, run, clean and export again: one command after an edit, `python tools/save_outputs.py nbs/00_core.ipynb …`."
-import os, sys
-from pathlib import Path
+"""Export notebooks, run them, and keep their outputs, cleaned: one command after an edit.
 
-os.environ["TQDM_DISABLE"] = "1"
-os.environ["HF_HUB_OFFLINE"] = "1"
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from fastcore.all import working_directory
-from execnb.nbio import read_nb, write_nb
-from execnb.shell import CaptureShell
-from nbdev.clean import process_write, clean_nb
-from nbdev.config import get_config
-from nbdev.export import nb_export
-from nbdev.process import NBProcessor
+    python tools/save_outputs.py nbs/00_core.ipynb …
+    python tools/save_outputs.py --check core      run, write nothing, name the cells that changed
+"""
+import argparse, os, sys
+from functools import partial
+
+from common import forked, label, notebooks, offline, preload, run_notebook
 
 
-def fill(fn):
-    "Run the cells of `fn` that nbdev_test would run and keep their outputs in the file."
-    skip = set(get_config().tst_flags.split())
-    nb = read_nb(fn)
-    found = {c.id: (getattr(c, "directives_", None) or {}) for c in NBProcessor(fn, process=True).nb.cells}
-
-    def leave_out(cell):
-        d = found.get(cell.id, {})
-        return (cell.cell_type != "code" or (d.get("eval:") or [""])[0].lower() == "false"
-                or bool(skip & d.keys()) or "nbdev_export(" in cell.source)
-
-    shell = CaptureShell(fn)
-    with working_directory(fn.parent): shell.run_all(nb, exc_stop=True, preproc=leave_out)
-    write_nb(nb, fn)
+def cleaned(nb):
+    "The notebook as text, without what differs from run to run."
+    from execnb.nbio import nb2str
+    from fastcore.xtras import loads
+    from nbdev.clean import clean_nb
+    nb = loads(nb2str(nb))
+    clean_nb(nb)
+    return nb2str(nb)
 
 
-def main(names):
+def fill(path, check=False):
+    "Run a notebook and write it back with its outputs; or, to `check`, list cells that changed."
+    from execnb.nbio import dict2nb, read_nb
+    from fastcore.xtras import loads
+    from nbdev.config import get_config
+    from nbdev.export import nb_export
     lib = get_config().lib_path
-    for name in names:
-        fn = Path(name).absolute()
-        nb_export(fn, lib_path=lib)
-        fill(fn)
-        process_write(warn_msg="could not be cleaned", proc_nb=clean_nb, f_in=fn)
-        nb_export(fn, lib_path=lib)
-        print("saved", name)
+    if check:
+        old = read_nb(path).cells
+        new = dict2nb(loads(cleaned(run_notebook(path)))).cells
+        pairs = enumerate(zip(old, new), 1)
+        return [i for i, (a, b) in pairs if a.get("outputs") != b.get("outputs")]
+    nb_export(path, lib_path=lib)
+    text = cleaned(run_notebook(path, skip=False))
+    os.chdir(lib.parent)
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    beside.write_text(text, encoding="utf-8")
+    beside.replace(path)
+    nb_export(path, lib_path=lib)
+    return []
 
 
-if __name__ == "__main__": main(sys.argv[1:])
+def main():
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="+", help="notebooks: paths or parts of names")
+    parser.add_argument("--check", action="store_true", help="write nothing, fail on a change")
+    parser.add_argument("--limit", type=int, default=900, help="seconds a notebook may take (900)")
+    args = parser.parse_args()
+    paths, bad = notebooks(args.names), 0
+    offline()
+    if len(paths) > 1: preload()
+    for r in forked(partial(fill, check=args.check), paths, jobs=1, limit=args.limit):
+        if r.output.strip(): print(r.output.rstrip(), file=sys.stderr)
+        name = label(r.item)
+        if r.error: print(f"{name}, {r.error}\n{name}: NOT saved", file=sys.stderr)
+        elif r.value: print(f"{name}: outputs differ from the saved ones in cells {r.value}")
+        else: print("same" if args.check else "saved", name, f"({r.seconds:.1f} s)")
+        bad += bool(r.error or r.value)
+    return int(bool(bad))
+
+
+if __name__ == "__main__": sys.exit(main())
