@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['IGNORE', 'learned_places', 'SupervisedTuning', 'PreTraining']
 
-# %% ../nbs/70_sft.ipynb #2f6becb7
+# %% ../nbs/70_sft.ipynb #35a89e78
 import torch
 import torch.nn.functional as F
 from .training.loop import Objective
 
-# %% ../nbs/70_sft.ipynb #c76743a3
+# %% ../nbs/70_sft.ipynb #d3c95d10
 IGNORE = -100
 
 def learned_places(labels:torch.Tensor # Aligned with the ids, [batch, seq]; -100 where nothing is learned
@@ -20,7 +20,7 @@ def learned_places(labels:torch.Tensor # Aligned with the ids, [batch, seq]; -10
     places = (wanted != IGNORE).nonzero()[:,0]
     return places,wanted[places]
 
-# %% ../nbs/70_sft.ipynb #aabe8174
+# %% ../nbs/70_sft.ipynb #eaf2731c
 class SupervisedTuning(Objective):
     "Cross entropy of the labelled tokens; metric `accuracy`, the part of them that is the model's first guess."
     def prepare(self, batch):
