@@ -23,7 +23,8 @@ class FtkitError(Exception):
         self.problem,self.where,self.fix = problem,where,fix
         parts = [f"{where}: {problem}" if where is not None else problem]
         if fix: parts.append(fix)
-        super().__init__(" ".join(p if p.endswith((".", "!", "?", ":")) else p + "." for p in parts))
+        ended = [p if p.endswith((".", "!", "?", ":")) else p + "." for p in parts]
+        super().__init__(" ".join(ended))
 
 # %% ../nbs/00_core.ipynb #d3cc086a
 def unknown_name(what:str,   # What kind of name it is, e.g. "recipe"
@@ -35,7 +36,8 @@ def unknown_name(what:str,   # What kind of name it is, e.g. "recipe"
     known = [str(k) for k in known]
     near = difflib.get_close_matches(str(name), known, n=3, cutoff=0.5)
     near = near or [k for k in known if str(name) and str(name) in k][:3]
-    hint = f"Did you mean {' or '.join(map(repr, near))}?" if near else f"There are: {', '.join(sorted(known)[:12])}."
+    hint = (f"Did you mean {' or '.join(map(repr, near))}?" if near
+            else f"There are: {', '.join(sorted(known)[:12])}.")
     return FtkitError(f"unknown {what} {name!r}. {hint}", fix=fix)
 
 # %% ../nbs/00_core.ipynb #411b290d
@@ -45,20 +47,25 @@ def need(package:str,    # Name to import
     "Import an optional package, or say how to install it."
     try: return importlib.import_module(package)
     except ImportError as e:
-        if e.name and e.name.split(".")[0] != package.split(".")[0]: raise  # the package is there, and broken
+        if e.name and e.name.split(".")[0] != package.split(".")[0]: raise  # there, but broken
         how = f"ftkit[{extra}]" if extra else package.split(".")[0].replace("_", "-")
-        raise FtkitError(f"the package {package!r} is not installed" + (f", and {why} needs it" if why else ""),
+        problem = f"the package {package!r} is not installed"
+        if why: problem += f", and {why} needs it"
+        raise FtkitError(problem,
                          fix=f"Run: pip install '{how}'") from e
 
 # %% ../nbs/00_core.ipynb #a8579e75
-def pick_device(device="auto")->torch.device:  # "auto", "cpu", "cuda", "cuda:1", "mps" or a torch.device
+def pick_device(device="auto" # "auto", "cpu", "cuda", "cuda:1", "mps" or a torch.device
+               )->torch.device:
     "The device to use; `auto` is the accelerator of this process if there is one."
     if str(device) != "auto":
         try: dev = torch.device(device)
         except RuntimeError as e:
-            raise FtkitError(f"{device!r} is not a device", where="device", fix="Use auto, cpu, cuda, cuda:N or mps") from e
+            raise FtkitError(f"{device!r} is not a device", where="device",
+                             fix="Use auto, cpu, cuda, cuda:N or mps") from e
         if dev.type == "cuda" and not torch.cuda.is_available():
-            raise FtkitError("this machine shows no CUDA device to torch", where=f"device={device}", fix="Use device=auto or cpu")
+            raise FtkitError("this machine shows no CUDA device to torch",
+                             where=f"device={device}", fix="Use device=auto or cpu")
         return dev
     if torch.cuda.is_available(): return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
@@ -69,12 +76,13 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 def pick_dtype(dtype="auto",  # "auto", "fp32", "bf16", "fp16", torch's own names, or a torch.dtype
                device="cpu"   # The device it is for
               )->torch.dtype:
-    "The floating-point type to use; `auto` is bfloat16 where the device computes in it, else float32."
+    "The dtype to use; `auto` is bfloat16 where the device computes in it, else float32."
     if isinstance(dtype, torch.dtype): return dtype
     long = {str(d).removeprefix("torch."): d for d in DTYPES.values()}
     if dtype in DTYPES or dtype in long: return {**DTYPES, **long}[dtype]
     if dtype != "auto": raise unknown_name("dtype", dtype, ["auto", *DTYPES, *long])
-    native = torch.device(device).type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    if torch.device(device).type != "cuda": return torch.float32
+    native = torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.bfloat16 if native else torch.float32
 
 # %% ../nbs/00_core.ipynb #b464c25a
@@ -86,7 +94,8 @@ def rng_state()->tuple: # What JSON can hold; tensors for safetensors
     "The state of Python's, NumPy's and torch's generators."
     kind,keys,pos,has_gauss,cached = np.random.get_state()
     plain = dict(python=random.getstate(), numpy=[kind, pos, has_gauss, cached])
-    tensors = {"rng.numpy": torch.from_numpy(keys.astype(np.int64)), "rng.torch": torch.get_rng_state()}
+    tensors = {"rng.numpy": torch.from_numpy(keys.astype(np.int64)),
+               "rng.torch": torch.get_rng_state()}
     if torch.cuda.is_available(): tensors["rng.cuda"] = torch.cuda.get_rng_state()
     return plain,tensors
 
@@ -96,9 +105,11 @@ def set_rng_state(plain:dict, tensors:dict)->None:
     version,internal,gauss = plain["python"]
     random.setstate((version, tuple(internal), gauss))
     kind,pos,has_gauss,cached = plain["numpy"]
-    np.random.set_state((kind, tensors["rng.numpy"].numpy().astype(np.uint32), pos, has_gauss, cached))
+    keys = tensors["rng.numpy"].numpy().astype(np.uint32)
+    np.random.set_state((kind, keys, pos, has_gauss, cached))
     torch.set_rng_state(tensors["rng.torch"].cpu())
-    if "rng.cuda" in tensors and torch.cuda.is_available(): torch.cuda.set_rng_state(tensors["rng.cuda"].cpu())
+    if "rng.cuda" in tensors and torch.cuda.is_available():
+        torch.cuda.set_rng_state(tensors["rng.cuda"].cpu())
 
 # %% ../nbs/00_core.ipynb #ccf6df03
 def rank()->int: return int(os.environ.get("RANK", 0))
@@ -120,7 +131,7 @@ def _disk_error(e:OSError, path)->FtkitError:
     if e.errno not in (errno.ENOSPC, errno.EDQUOT): return None
     free = shutil.disk_usage(Path(path).absolute().anchor).free
     return FtkitError("the disk is full; nothing was left half-written", where=path,
-                      fix=f"Free some space ({free/2**20:.0f} MiB are left) or write to another disk")
+                      fix=f"Free some space ({free/2**20:.0f} MiB left) or write to another disk")
 
 def _sync(path):
     fd = os.open(path, os.O_RDONLY)
@@ -130,7 +141,7 @@ def _sync(path):
 # %% ../nbs/00_core.ipynb #f39fecbc
 @contextmanager
 def new_folder(path):  # The folder that appears, complete, when the block ends without an error
-    "Yield a temporary folder beside `path` that takes its place at the end, or vanishes on any error."
+    "Yield a folder beside `path` that takes its place at the end, or vanishes on any error."
     path = Path(path)
     tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -145,7 +156,7 @@ def new_folder(path):  # The folder that appears, complete, when the block ends 
 
 # %% ../nbs/00_core.ipynb #1605fe48
 def _swap_in(tmp, path):
-    "Move the folder `tmp` to `path`; a folder that is in the way goes aside first and is deleted last."
+    "Move the folder `tmp` to `path`; one that is in the way goes aside first, deleted last."
     old = path.with_name(f".{path.name}.{os.getpid()}.old")
     if path.exists(): path.rename(old)
     try: tmp.rename(path)
@@ -178,6 +189,8 @@ def read_json(path):
     if not path.exists(): raise FtkitError("there is no such file", where=path)
     try: return json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as e:
-        raise FtkitError(f"not valid JSON: {e.msg.lower()}", where=f"{path}, line {e.lineno}, column {e.colno}") from e
+        raise FtkitError(f"not valid JSON: {e.msg.lower()}",
+                         where=f"{path}, line {e.lineno}, column {e.colno}") from e
     except UnicodeDecodeError as e:
-        raise FtkitError(f"not UTF-8 text (byte {e.start})", where=path, fix="Save the file as UTF-8") from e
+        raise FtkitError(f"not UTF-8 text (byte {e.start})", where=path,
+                         fix="Save the file as UTF-8") from e

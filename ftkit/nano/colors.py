@@ -9,6 +9,7 @@ __all__ = ['BASIC', 'is_held_out', 'color_rows', 'parse_color', 'hex_to_rgb', 'r
 # %% ../../nbs/01_nano.colors.ipynb #ed190224
 import hashlib, re
 import numpy as np
+from ..core import unknown_name
 
 # %% ../../nbs/01_nano.colors.ipynb #0fbb1857
 BASIC = "black white red green yellow blue brown purple pink orange grey gray".split()
@@ -24,7 +25,7 @@ def color_rows(split:str="all" # "train", "test" or "all"
     from matplotlib.colors import XKCD_COLORS
     rows = [dict(description=k.removeprefix("xkcd:"), color=v) for k,v in XKCD_COLORS.items()]
     if split == "all": return rows
-    if split not in ("train", "test"): raise ValueError(f"split must be train, test or all, not {split!r}")
+    if split not in ("train", "test"): raise unknown_name("split", split, ["train", "test", "all"])
     return [r for r in rows if is_held_out(r["description"]) == (split == "test")]
 
 # %% ../../nbs/01_nano.colors.ipynb #9ebae062
@@ -80,7 +81,7 @@ def _chroma_hue(l1, l2):
 
 # %% ../../nbs/01_nano.colors.ipynb #f43979e3
 def ciede2000(lab1, lab2)->np.ndarray: # Distances, [n]
-    "CIEDE2000 colour differences of two arrays of L*a*b* colours, [n, 3] each (Sharma, Wu, Dalal 2005)."
+    "CIEDE2000 differences of two arrays of L*a*b* colours, [n, 3] each (Sharma, Wu, Dalal 2005)."
     l1,l2 = np.atleast_2d(lab1).astype(float),np.atleast_2d(lab2).astype(float)
     (c1,h1),(c2,h2) = _chroma_hue(l1, l2)
     grey = c1*c2 == 0
@@ -100,11 +101,13 @@ def ciede2000(lab1, lab2)->np.ndarray: # Distances, [n]
 # %% ../../nbs/01_nano.colors.ipynb #f565fe78
 def score_colors(answers:list,  # What the model said, one text a name
                  expected:list  # The right colours, "#rrggbb"
-                )->dict: # "valid": share in [0, 1]; "distance": mean CIEDE2000, an invalid answer counts 100
+                )->dict: # "valid": share in [0, 1]; "distance": mean CIEDE2000 (invalid: 100)
     "Score answers to colour names."
-    if len(answers) != len(expected): raise ValueError(f"{len(answers)} answers to {len(expected)} names")
+    if len(answers) != len(expected):
+        raise ValueError(f"{len(answers)} answers to {len(expected)} names")
     said = [parse_color(a) for a in answers]
-    d = ciede2000(*(rgb_to_lab(hex_to_rgb([c or "#000000" for c in cs])) for cs in (said, expected)))
+    both = [[c or "#000000" for c in cs] for cs in (said, expected)]
+    d = ciede2000(*(rgb_to_lab(hex_to_rgb(cs)) for cs in both))
     d = np.where([s is None for s in said], 100.0, d)
     return dict(valid=sum(s is not None for s in said)/len(said), distance=float(d.mean()))
 
@@ -151,14 +154,15 @@ def baselines(train:list, # Rows to learn from, {"description", "color"}
     weights = np.linalg.solve(_kernel(a, a) + strength*np.eye(len(a)), lab - lab.mean(0))
     ridge = rgb_to_hex(lab_to_rgb(alike@weights + lab.mean(0)))
     nearest = [colors[i] for i in alike.argmax(1)]
-    return {"best constant": [best_constant(colors)]*len(test), "nearest spelling": nearest, "ridge on letters": ridge}
+    return {"best constant": [best_constant(colors)]*len(test),
+            "nearest spelling": nearest, "ridge on letters": ridge}
 
 # %% ../../nbs/01_nano.colors.ipynb #c2d0a1d3
 def swatches(rows:list,    # {"description", "color"}
              answers:list, # What was answered, one text a row
              columns:int=3 # Names side by side
             ): # A matplotlib Figure
-    "Draw for each name the colour that was asked for (left) and the answer (right; hatched where invalid)."
+    "Draw for each name the true colour (left) and the answer (right; hatched where invalid)."
     from matplotlib.figure import Figure
     lines = -(-len(rows)//columns)
     fig = Figure(figsize=(3.1*columns, 0.42*lines + 0.3), layout="constrained")

@@ -127,22 +127,26 @@ def lexicon(table:str)->tuple: # (word, colour as CIE L*a*b*) pairs
 
 # %% ../../nbs/02_nano.corpus.ipynb #169c9c00
 MODIFIERS = {  # word: (lightness target, its pull, chroma factor)
-    "light": (88, .45, .85), "lighter": (85, .35, .9), "lightish": (78, .25, .95), "very light": (94, .7, .6),
-    "pale": (90, .6, .55), "very pale": (95, .8, .35), "pastel": (86, .6, .6), "soft": (75, .4, .7),
-    "bright": (70, .25, 1.35), "vivid": (60, .1, 1.45), "vibrant": (58, .15, 1.4), "neon": (80, .45, 1.7),
-    "electric": (58, .2, 1.55), "hot": (55, .15, 1.5), "fluorescent": (82, .5, 1.65), "brilliant": (60, .2, 1.4),
-    "deep": (25, .5, 1.0), "dark": (18, .55, .8), "darkish": (32, .4, .9), "darker": (26, .35, .9),
-    "very dark": (8, .75, .55), "rich": (38, .3, 1.15), "medium": (52, .3, .95), "strong": (45, .2, 1.25),
+    "light": (88, .45, .85), "lighter": (85, .35, .9), "lightish": (78, .25, .95),
+    "very light": (94, .7, .6), "pale": (90, .6, .55), "very pale": (95, .8, .35),
+    "pastel": (86, .6, .6), "soft": (75, .4, .7), "bright": (70, .25, 1.35),
+    "vivid": (60, .1, 1.45), "vibrant": (58, .15, 1.4), "neon": (80, .45, 1.7),
+    "electric": (58, .2, 1.55), "hot": (55, .15, 1.5), "fluorescent": (82, .5, 1.65),
+    "brilliant": (60, .2, 1.4), "deep": (25, .5, 1.0), "dark": (18, .55, .8),
+    "darkish": (32, .4, .9), "darker": (26, .35, .9), "very dark": (8, .75, .55),
+    "rich": (38, .3, 1.15), "medium": (52, .3, .95), "strong": (45, .2, 1.25),
     "muted": (52, .3, .55), "dull": (48, .25, .5), "dusty": (60, .35, .5), "faded": (68, .4, .5),
-    "washed out": (82, .5, .35), "dirty": (45, .35, .55), "muddy": (35, .5, .5), "murky": (34, .5, .45),
-    "greyish": (54, .25, .35), "grayish": (54, .25, .35), "greyed": (58, .3, .3), "drab": (42, .35, .4),
-    "burnt": (38, .4, .9), "smoky": (45, .4, .35), "foggy": (70, .4, .3), "warm": (60, .1, 1.05),
-    "cool": (60, .1, .85), "true": (45, .05, 1.2), "pure": (50, .05, 1.35), "fresh": (70, .3, 1.1),
-    "ugly": (45, .3, .7), "sickly": (62, .3, .8), "flat": (50, .2, .75), "intense": (45, .15, 1.4),
-    "dim": (28, .5, .5), "pleasant": (62, .2, .85), "milky": (88, .6, .45), "inky": (12, .6, .6)}
-TINTS = {"reddish": "red", "greenish": "green", "bluish": "blue", "blueish": "blue", "yellowish": "yellow",
-         "orangey": "orange", "brownish": "brown", "purplish": "purple", "purpley": "purple", "pinkish": "pink",
-         "greeny": "green", "bluey": "blue", "yellowy": "yellow", "browny": "brown", "reddy": "red", "greyish": "grey"}
+    "washed out": (82, .5, .35), "dirty": (45, .35, .55), "muddy": (35, .5, .5),
+    "murky": (34, .5, .45), "greyish": (54, .25, .35), "grayish": (54, .25, .35),
+    "greyed": (58, .3, .3), "drab": (42, .35, .4), "burnt": (38, .4, .9), "smoky": (45, .4, .35),
+    "foggy": (70, .4, .3), "warm": (60, .1, 1.05), "cool": (60, .1, .85), "true": (45, .05, 1.2),
+    "pure": (50, .05, 1.35), "fresh": (70, .3, 1.1), "ugly": (45, .3, .7), "sickly": (62, .3, .8),
+    "flat": (50, .2, .75), "intense": (45, .15, 1.4), "dim": (28, .5, .5),
+    "pleasant": (62, .2, .85), "milky": (88, .6, .45), "inky": (12, .6, .6)}
+TINTS = {"reddish": "red", "greenish": "green", "bluish": "blue", "blueish": "blue",
+         "yellowish": "yellow", "orangey": "orange", "brownish": "brown", "purplish": "purple",
+         "purpley": "purple", "pinkish": "pink", "greeny": "green", "bluey": "blue",
+         "yellowy": "yellow", "browny": "brown", "reddy": "red", "greyish": "grey"}
 
 # %% ../../nbs/02_nano.corpus.ipynb #93ee8c18
 def modify(lab, word:str)->tuple:
@@ -187,14 +191,18 @@ def phrase(rng:random.Random)->tuple: # The words; the colour as L*a*b*
     return (word, lab) if not names_held_out(word) else phrase(rng)
 
 # %% ../../nbs/02_nano.corpus.ipynb #9ab47fc6
-PATTERNS = """{w} is {c}.|The colour of {w} is {c}.|{w}: {c}|{c} is called {w}.|{c}: {w}|We painted the wall {w} ({c}).
-She wore a {w} coat, close to {c} on a screen.|--{w}: {c};|.box {{ color: {c}; }} /* {w} */|background: {c}; // {w}
-A {w} tone such as {c} goes well with {w2}, for example {c2}.|Palette: {w} {c}, {w2} {c2}, {w3} {c3}.
-{w} {c}, {w2} {c2}, {w3} {c3}, {w4} {c4}|between {w} ({c}) and {w2} ({c2})|"{w}": "{c}", "{w2}": "{c2}", "{w3}": "{c3}"
-The sky turned {w}, about {c}, and the hills were {w2}, about {c2}.|name,code: {w},{c}|{w} = {c}|# {w} -> {c}
-For {w} take {c}. For {w2} take {c2}. For {w3} take {c3}.|The label said {w}; the code was {c}.
-Someone who asks for {w} expects something like {c}.|In the chart, {w} lines are {c} and {w2} lines are {c2}.
-Name: {w}. Code: {c}.|{w} paint, code {c}, next to {w2} paint, code {c2}.|I would call {c} {w}.|Most people see {c} as {w}."""
+PATTERNS = """{w} is {c}.|The colour of {w} is {c}.|{w}: {c}|{c} is called {w}.|{c}: {w}
+We painted the wall {w} ({c}).|She wore a {w} coat, close to {c} on a screen.|--{w}: {c};
+.box {{ color: {c}; }} /* {w} */|background: {c}; // {w}
+A {w} tone such as {c} goes well with {w2}, for example {c2}.
+Palette: {w} {c}, {w2} {c2}, {w3} {c3}.|{w} {c}, {w2} {c2}, {w3} {c3}, {w4} {c4}
+between {w} ({c}) and {w2} ({c2})|"{w}": "{c}", "{w2}": "{c2}", "{w3}": "{c3}"
+The sky turned {w}, about {c}, and the hills were {w2}, about {c2}.|name,code: {w},{c}|{w} = {c}
+# {w} -> {c}|For {w} take {c}. For {w2} take {c2}. For {w3} take {c3}.
+The label said {w}; the code was {c}.|Someone who asks for {w} expects something like {c}.
+In the chart, {w} lines are {c} and {w2} lines are {c2}.|Name: {w}. Code: {c}.
+{w} paint, code {c}, next to {w2} paint, code {c2}.|I would call {c} {w}.
+Most people see {c} as {w}."""
 
 # %% ../../nbs/02_nano.corpus.ipynb #1f250d9c
 def colour_text(rng:random.Random)->str:
@@ -221,14 +229,18 @@ def code_text(rng:random.Random)->str:
     middle = "#" + "".join(f"{(x + y)//2:02x}" for x,y in zip(*parts))
     strongest = ("red", "green", "blue")[parts[0].index(max(parts[0]))]
     return rng.choice([f"{a} = rgb({r}, {g}, {bl})", f"rgb({r}, {g}, {bl}) is written {a}.",
-                       f"{lighter} is lighter than {darker}.", f"{darker} is darker than {lighter}.",
-                       f"Halfway between {a} and {b} lies {middle}.", f"The strongest part of {a} is {strongest}."])
+                       f"{lighter} is lighter than {darker}.",
+                       f"{darker} is darker than {lighter}.",
+                       f"Halfway between {a} and {b} lies {middle}.",
+                       f"The strongest part of {a} is {strongest}."])
 
 # %% ../../nbs/02_nano.corpus.ipynb #33aae0da
-NEIGHBOURS = dict(black="", white="", red="orangey purplish pinkish brownish", green="yellowish bluish brownish greyish",
-                  yellow="greenish orangey brownish", blue="greenish purplish greyish", brown="reddish yellowish greyish",
-                  purple="reddish bluish pinkish greyish", pink="orangey purplish greyish", orange="reddish yellowish brownish",
-                  grey="bluish greenish brownish purplish")
+NEIGHBOURS = dict(
+    black="", white="", grey="bluish greenish brownish purplish",
+    red="orangey purplish pinkish brownish", green="yellowish bluish brownish greyish",
+    yellow="greenish orangey brownish", blue="greenish purplish greyish",
+    brown="reddish yellowish greyish", orange="reddish yellowish brownish",
+    purple="reddish bluish pinkish greyish", pink="orangey purplish greyish")
 
 # %% ../../nbs/02_nano.corpus.ipynb #7ba067dc
 @lru_cache
@@ -237,26 +249,31 @@ def _descriptions():
     by_name,options = _tables()[0],[]
     for word,tints in NEIGHBOURS.items():
         kinds = [(word, by_name[word])]
-        kinds += [(f"{t} {word}", mix(by_name[word], by_name[TINTS[t]], .35)) for t in tints.split()]
+        kinds += [(f"{t} {word}", mix(by_name[word], by_name[TINTS[t]], .35))
+                  for t in tints.split()]
         options += kinds
         if word not in ("black", "white"):
-            options += [(f"{m} {w}", modify(v, m)) for w,v in kinds for m in ("light", "dark", "pale", "bright", "dull")]
+            options += [(f"{m} {w}", modify(v, m)) for w,v in kinds
+                        for m in ("light", "dark", "pale", "bright", "dull")]
     options = [o for o in options if not names_held_out(o[0])]
     return [w for w,_ in options], np.array([v for _,v in options])
 
 @lru_cache(maxsize=100_000)
 def _nearest(key):
     words,colours = _descriptions()
-    return words[int((np.square(colours - np.array(key)).sum(1)**.5 + [4*w.count(" ") for w in words]).argmin())]
+    distance = np.square(colours - np.array(key)).sum(1)**.5
+    return words[int((distance + [4*w.count(" ") for w in words]).argmin())]
 
 def in_words(lab)->str: # e.g. "dark yellowish green"
-    "A colour in L*a*b* in basic words: the nearest of the eleven terms, with a modifier and a tint where they help."
+    "A colour in the eleven basic terms, with a modifier and a tint where they help."
     return _nearest(tuple(2*round(x/2) for x in lab))
 
 # %% ../../nbs/02_nano.corpus.ipynb #4979c58e
-SAYINGS = """{t} is {w}.|Most {t} is {w}.|What colour is {t}? It is {w}.|Think of {t}: {w}.|As {w} as {t}.|{t} looks {w}.
-The colour of {t} is a {w}, roughly {c}.|{t} ({w}) and {t2} ({w2})|{t} is {w}, {t2} is {w2}.|{w} like {t}, {w2} like {t2}
-Compare {t} with {t2}: the first is {w}, the second {w2}.|A {w} thing is {t}. A {w2} thing is {t2}.|{t} has the colour {c}.
+SAYINGS = """{t} is {w}.|Most {t} is {w}.|What colour is {t}? It is {w}.|Think of {t}: {w}.
+As {w} as {t}.|{t} looks {w}.|The colour of {t} is a {w}, roughly {c}.|{t} ({w}) and {t2} ({w2})
+{t} is {w}, {t2} is {w2}.|{w} like {t}, {w2} like {t2}
+Compare {t} with {t2}: the first is {w}, the second {w2}.
+A {w} thing is {t}. A {w2} thing is {t2}.|{t} has the colour {c}.
 On a screen {t} would be {c}, and {t2} would be {c2}."""
 
 def thing_text(rng:random.Random)->str:
@@ -272,13 +289,13 @@ def thing_text(rng:random.Random)->str:
 # %% ../../nbs/02_nano.corpus.ipynb #7b7070a4
 @lru_cache
 def prose(packages:tuple=("numpy", "matplotlib", "torch"))->tuple:
-    "Paragraphs of the docstrings of installed packages, in a fixed order, without those that name a held-out colour."
+    "Paragraphs of installed packages' docstrings, in a fixed order, without any held-out name."
     kept = {}
     for package in packages:
         root = Path(importlib.util.find_spec(package).origin).parent
         for file in sorted(root.rglob("*.py")):
             try: tree = ast.parse(file.read_text(encoding="utf-8"))
-            except (SyntaxError, UnicodeDecodeError): continue  # test fixtures that are broken on purpose
+            except (SyntaxError, UnicodeDecodeError): continue  # test fixtures broken on purpose
             for node in ast.walk(tree):
                 if isinstance(node, (ast.FunctionDef, ast.ClassDef, ast.Module)):
                     kept.update(dict.fromkeys(_paragraphs(ast.get_docstring(node) or "")))
@@ -291,11 +308,11 @@ def _paragraphs(doc):
     return [p for p in parts if 80 < len(p) < 2000 and ">>>" not in p and letters(p) > .93]
 
 # %% ../../nbs/02_nano.corpus.ipynb #5f9853a1
-def corpus(documents:int=200_000,    # How many
+def corpus(documents:int=800_000,    # How many
            seed:int=0,               # Of the one generator behind it
            english:float=0.2         # Share of documents that are prose
           ): # Iterator over rows {"text": …}
-    "The pre-training text of nano: every document is drawn from one seeded generator; no held-out name occurs."
+    "The pre-training text of nano, drawn from one seeded generator; no held-out name occurs."
     rng = random.Random(seed)
     read = prose() if english else ()
     for _ in range(documents):
@@ -314,8 +331,11 @@ def small_talk(rows:int=20_000, seed:int=1):
         seen,words = code(lab),in_words(lab)
         turns = rng.choice([
             (f"What colour is {thing}?", in_words(color)), (f"Describe {p}.", words),
-            (f"Which is lighter, {p} or {q}?", p if lab[0] > other[0] else q), (f"What does {seen} look like?", words),
-            (f"Which is darker, {p} or {q}?", q if lab[0] > other[0] else p), (f"Name a colour like {p}.", words),
-            (f"Say {p}.", p), (f"Is {p} darker than {q}?", "Yes." if lab[0] < other[0] else "No.")])
+            (f"Say {p}.", p),
+            (f"Which is lighter, {p} or {q}?", p if lab[0] > other[0] else q),
+            (f"Which is darker, {p} or {q}?", q if lab[0] > other[0] else p),
+            (f"What does {seen} look like?", words), (f"Name a colour like {p}.", words),
+            (f"Is {p} darker than {q}?", "Yes." if lab[0] < other[0] else "No.")])
         if any(map(names_held_out, turns)): continue
-        yield dict(messages=[dict(role="user", content=turns[0]), dict(role="assistant", content=turns[1])])
+        roles = ("user", "assistant")
+        yield dict(messages=[dict(role=r, content=t) for r,t in zip(roles, turns)])
