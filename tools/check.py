@@ -91,6 +91,13 @@ class Page:
     def at(self, cell): return f"{self.name}, cell {cell.number}"
 
 
+def is_public(node):
+    "Whether a statement defines a name that `import *` gives (a patched method is none)."
+    if not isinstance(node, (ast.FunctionDef, ast.ClassDef, ast.AsyncFunctionDef)): return False
+    patched = any("patch" in ast.unparse(d) for d in node.decorator_list)
+    return node.name[0] != "_" and not patched
+
+
 def is_import(node): return isinstance(node, (ast.Import, ast.ImportFrom))
 
 
@@ -230,9 +237,8 @@ def check_cells(page):
             continue
         if cell.public:
             problems += [Problem(page.at(cell), f"{n.name} has no docstring") for n in tree.body
-                         if isinstance(n, (ast.FunctionDef, ast.ClassDef, ast.AsyncFunctionDef))
-                         and n.name[0] != "_" and not ast.get_docstring(n)]
-        if cell.exported: problems += check_exported(page, cell, tree)
+                         if is_public(n) and not ast.get_docstring(n)]
+        problems += check_code(page, cell, tree)
     if long:
         cells = ", ".join(str(n) for n in dict.fromkeys(n for n, _ in long))
         what = f"{len(long)} lines of code over {LINE} characters (cells {cells})"
@@ -240,14 +246,17 @@ def check_cells(page):
     return problems
 
 
-def check_exported(page, cell, tree):
+def check_code(page, cell, tree):
     problems = []
     code = [x for x in cell.lines if x.strip() and not DIRECTIVE.match(x)]
-    if len(code) > EXPORT_LINES:
+    if cell.exported and len(code) > EXPORT_LINES:
         what = f"an exported cell of {len(code)} lines, at most {EXPORT_LINES}"
         problems.append(warning(page.at(cell), what))
-    if len(set(map(is_import, tree.body))) == 2:
-        problems.append(warning(page.at(cell), "imports stand together with other code"))
+    runs = cell.directives.get("eval") != "false" and page.module
+    imports = any(map(is_import, tree.body if cell.exported else ast.walk(tree)))
+    if runs and imports and not all(map(is_import, tree.body)):
+        what = "imports stand together with other code: nbdev runs such a cell, alone, for the page"
+        problems.append(warning(page.at(cell), what))
     return problems
 
 
@@ -259,6 +268,8 @@ def check_rhythm(page):
         problems.append(Problem(page.name, "the first Markdown cell must start with '# Title'"))
     elif not re.search(r"(?m)^> \S", prose[0].source):
         problems.append(Problem(page.name, "the title has no '> description' under it"))
+    elif re.search(r"(?m)^>.*\n>", prose[0].source):
+        problems.append(Problem(page.name, "the '> description' must be one line, for nbdev"))
     shown = [c for c in page.cells if c.kind != "raw" and not c.directives.keys() & HIDDEN]
     for cell in shown:
         idea = cell.public and not cell.imports_only
@@ -342,6 +353,11 @@ def listed_pages(contents):
         if isinstance(item, dict): yield from listed_pages(item.get("contents"))
 
 
+def check_readme():
+    from docs import check_readme as check
+    return [Problem("README.md", text.removeprefix("README.md ")) for text in check()]
+
+
 def check_site(pages):
     "Every notebook stands in the sidebar once, in the order of the rooms."
     import yaml
@@ -365,7 +381,7 @@ def main():
     offline()
     pages = [read_page(p) for p in notebooks()]
     problems = check_export(pages) + check_clean(pages) + check_rooms(pages)
-    problems += check_site(pages) + check_files()
+    problems += check_site(pages) + check_readme() + check_files()
     for page in pages: problems += check_cells(page) + check_rhythm(page) + check_outputs(page)
     if args.names:
         problems = [p for p in problems if any(n in p.where + p.what for n in args.names)]
