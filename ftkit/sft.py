@@ -8,13 +8,14 @@ __all__ = ['IGNORE', 'learned_places', 'SupervisedTuning', 'PreTraining']
 # %% ../nbs/70_sft.ipynb #35a89e78
 import torch
 import torch.nn.functional as F
-from .training.loop import Objective
+from torch import Tensor
+from .training.plan import Objective
 
 # %% ../nbs/70_sft.ipynb #d3c95d10
 IGNORE = -100
 
-def learned_places(labels:torch.Tensor # Aligned with the ids, [batch, seq]; -100 where nothing is learned
-                  )->tuple:            # Flat places of the outputs that matter; the tokens they should say
+def learned_places(labels:Tensor # Aligned with the ids, -100 where nothing is learned, [batch, seq]
+                  )->tuple:      # Flat places of the outputs that matter; the tokens wanted there
     "Where the model's output is scored, and what it should be there."
     wanted = F.pad(labels[:,1:], (0, 1), value=IGNORE).flatten()
     places = (wanted != IGNORE).nonzero()[:,0]
@@ -22,20 +23,23 @@ def learned_places(labels:torch.Tensor # Aligned with the ids, [batch, seq]; -10
 
 # %% ../nbs/70_sft.ipynb #eaf2731c
 class SupervisedTuning(Objective):
-    "Cross entropy of the labelled tokens; metric `accuracy`, the part of them that is the model's first guess."
+    "Cross entropy of the labelled tokens; `accuracy` is the part that is the model's first guess."
     def prepare(self, batch):
         places,wanted = learned_places(batch["labels"])
         return {**batch, "places": places, "wanted": wanted}
 
-    def count(self, batch): return len(batch["wanted"]) if "wanted" in batch else len(learned_places(batch["labels"])[1])
+    def count(self, batch):
+        return len(batch["wanted"] if "wanted" in batch else learned_places(batch["labels"])[1])
 
     def __call__(self, model, batch):
         if "places" not in batch: batch = self.prepare(batch)
+        places,wanted = batch["places"],batch["wanted"]
         inputs = {k: v for k,v in batch.items() if k not in ("labels", "places", "wanted")}
         logits = model(**inputs, use_cache=False).logits
-        logits = logits.flatten(0, 1).index_select(0, batch["places"]).float()
-        loss = F.cross_entropy(logits, batch["wanted"], reduction="sum")
-        return loss,{"accuracy": (logits.detach().argmax(-1) == batch["wanted"]).sum()}
+        logits = logits.flatten(0, 1).index_select(0, places).float()
+        loss = F.cross_entropy(logits, wanted, reduction="sum")
+        return loss,{"accuracy": (logits.detach().argmax(-1) == wanted).sum()}
 
+# %% ../nbs/70_sft.ipynb #cdc4990d
 class PreTraining(SupervisedTuning):
-    "The same over all tokens of plain text; which they are, the labels say."
+    "The same for plain text, where every token is learned."

@@ -25,7 +25,8 @@ def trainer_tensors(model:nn.Module,
     for name,p in model.named_parameters():
         if not p.requires_grad: continue
         out[f"model.{name}"] = p.detach()
-        for key,value in optimizer.state.get(p, {}).items(): out[f"optimizer.{name}.{key}"] = torch.as_tensor(value)
+        for key,value in optimizer.state.get(p, {}).items():
+            out[f"optimizer.{name}.{key}"] = torch.as_tensor(value)
     return {k: v.detach().to("cpu", copy=True).contiguous() for k,v in out.items()}
 
 # %% ../../nbs/61_training.checkpoint.ipynb #1b89d692
@@ -37,15 +38,21 @@ def restore_tensors(model:nn.Module,
     "Put the trainable weights and the optimizer's state back."
     named = {n: p for n,p in model.named_parameters() if p.requires_grad}
     saved = {k.removeprefix("model."): v.shape for k,v in state.items() if k.startswith("model.")}
-    if (odd := {n for n in {*named, *saved} if n not in saved or n not in named or named[n].shape != saved[n]}):
-        raise FtkitError(f"{len(odd)} trainable parameters differ from the checkpoint's, e.g. {min(odd)!r}", where=where,
+    shapes = {n: p.shape for n,p in named.items()}
+    if (odd := {n for n in {*shapes, *saved} if shapes.get(n) != saved.get(n)}):
+        raise FtkitError(f"{len(odd)} trainable parameters differ from the checkpoint's, "
+                         f"e.g. {min(odd)!r}", where=where,
                          fix="Resume with the same model and the same LoRA settings")
     with torch.no_grad():
         for n,p in named.items(): p.copy_(state[f"model.{n}"])
     name_of = {id(p): n for n,p in named.items()}
     order = [name_of[id(p)] for g in optimizer.param_groups for p in g["params"]]
-    keys = {n: {k.removeprefix(f"optimizer.{n}."): v for k,v in state.items() if k.startswith(f"optimizer.{n}.")} for n in order}
-    optimizer.load_state_dict({**optimizer.state_dict(), "state": {i: keys[n] for i,n in enumerate(order) if keys[n]}})
+    moments = {n: {} for n in order}
+    for k,v in state.items():
+        name,_,key = k.removeprefix("optimizer.").rpartition(".")
+        if k.startswith("optimizer."): moments[name][key] = v
+    numbered = {i: moments[n] for i,n in enumerate(order) if moments[n]}
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": numbered})
 
 # %% ../../nbs/61_training.checkpoint.ipynb #b0c50fe1
 def save_checkpoint(work_dir,
@@ -63,7 +70,8 @@ def save_checkpoint(work_dir,
         (tmp/"trainer").mkdir()
         state = {**trainer_tensors(model, optimizer), **tensors}
         save_file(state, tmp/"trainer/state.safetensors", metadata={"format": "pt"})
-        files = {str(f.relative_to(tmp)): f.stat().st_size for f in sorted(tmp.rglob("*")) if f.is_file()}
+        files = {f.relative_to(tmp).as_posix(): f.stat().st_size
+                 for f in sorted(tmp.rglob("*")) if f.is_file()}
         text = json.dumps({"format": 1, "step": step, "files": files, **plain})
         (tmp/"trainer/state.json").write_text(text)
     return path
@@ -71,18 +79,18 @@ def save_checkpoint(work_dir,
 # %% ../../nbs/61_training.checkpoint.ipynb #40201f1f
 @contextmanager
 def _full_disk_as_oserror():
-    "safetensors reports a full disk in its own way; make it the OSError that `new_folder` explains."
+    "safetensors reports a full disk in its own way; make it what `new_folder` explains."
     try: yield
     except SafetensorError as e:
-        if (m := re.search(r"os error (\d+)", str(e))): raise OSError(int(m[1]), os.strerror(int(m[1]))) from e
-        raise
+        if not (m := re.search(r"os error (\d+)", str(e))): raise
+        raise OSError(int(m[1]), os.strerror(int(m[1]))) from e
 
 # %% ../../nbs/61_training.checkpoint.ipynb #ab517eb4
 def damage(folder)->str: # None if the checkpoint is complete
     "What is wrong with a checkpoint folder, in a few words."
     folder = Path(folder)
-    try: files = read_json(folder/"trainer/state.json")["files"]
-    except (FtkitError, KeyError, TypeError): return "trainer/state.json is missing or unreadable"
+    try: files = dict(read_json(folder/"trainer/state.json")["files"])
+    except (FtkitError, KeyError, TypeError, ValueError): return "trainer/state.json is missing or unreadable"
     for name,size in files.items():
         f = folder/name
         if not f.is_file(): return f"{name} is missing"
@@ -96,9 +104,10 @@ def damage(folder)->str: # None if the checkpoint is complete
 # %% ../../nbs/61_training.checkpoint.ipynb #7d9f2d80
 def checkpoints(work_dir)->list: # Paths, oldest first; complete or not
     "The checkpoint folders of a run, in the order of their steps."
-    found = [(int(m[1]), p) for p in Path(work_dir).glob("checkpoint-*") if (m := re.fullmatch(r"checkpoint-(\d+)", p.name))]
-    return [p for _,p in sorted(found)]
+    found = [p for p in Path(work_dir).glob("checkpoint-*") if p.name[11:].isdigit()]
+    return sorted(found, key=lambda p: int(p.name[11:]))
 
+# %% ../../nbs/61_training.checkpoint.ipynb #2ece1d8d
 def latest_checkpoint(work_dir)->Path: # None if there is none
     "The newest checkpoint that is complete."
     for p in reversed(checkpoints(work_dir)):
@@ -115,8 +124,9 @@ def load_checkpoint(folder,
     folder = Path(folder)
     if (reason := damage(folder)):
         raise FtkitError(f"this checkpoint is damaged: {reason}", where=folder,
-                         fix="Resume from an older one, or use resume='auto' to find the newest that is complete")
-    plain,tensors = read_json(folder/"trainer/state.json"), load_file(folder/"trainer/state.safetensors")
+                         fix="Resume from an older one; resume='auto' finds the newest good one")
+    plain = read_json(folder/"trainer/state.json")
+    tensors = load_file(folder/"trainer/state.safetensors")
     restore_tensors(model, optimizer, tensors, where=folder)
     return plain,tensors
 
@@ -139,7 +149,7 @@ def prune_checkpoints(work_dir,
 # %% ../../nbs/61_training.checkpoint.ipynb #bda72aa1
 @contextmanager
 def hold(work_dir):
-    "Own a work folder: nobody else trains there meanwhile, and what killed runs left half-written is removed."
+    "Own a work folder: nobody else trains there, and what killed runs left over is removed."
     work_dir = Path(work_dir)
     work_dir.mkdir(parents=True, exist_ok=True)
     try: import fcntl

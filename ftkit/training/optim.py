@@ -28,12 +28,11 @@ class OptimConfig:
     def check(self)->"OptimConfig":
         "Itself, or an error that names the option that makes no sense."
         if self.schedule not in SHAPES: raise unknown_name("schedule", self.schedule, SHAPES)
-        for name,low,high in [("lr",0,None), ("eps",0,None), ("weight_decay",0,None), ("max_grad_norm",0,None),
-                              ("warmup_ratio",0,1), ("min_lr_ratio",0,1)]:
-            value = getattr(self, name)
-            if not (low <= value and (high is None or value <= high)):
-                span = f"between {low} and {high}" if high else f"at least {low}"
-                raise FtkitError(f"must be {span}, but is {value}", where=f"optim.{name}")
+        for name in ("lr", "eps", "weight_decay", "max_grad_norm", "warmup_ratio", "min_lr_ratio"):
+            value,high = getattr(self, name),1 if name.endswith("ratio") else math.inf
+            if 0 <= value <= high: continue
+            span = "between 0 and 1" if high == 1 else "at least 0"
+            raise FtkitError(f"must be {span}, but is {value}", where=f"optim.{name}")
         return self
 
 # %% ../../nbs/60_training.optim.ipynb #f7790507
@@ -54,7 +53,7 @@ def learning_rate(cfg:OptimConfig,
 
 # %% ../../nbs/60_training.optim.ipynb #d1fcd772
 def decay_groups(model:nn.Module)->tuple: # Names with decay, names without
-    "Names of the trainable parameters: matrices, and everything that should not be pulled towards zero."
+    "Names of trainable parameters: matrices, and what should not be pulled towards zero."
     tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     trainable = [(n,p) for n,p in model.named_parameters() if p.requires_grad]
     decays = [n for n,p in trainable if p.ndim >= 2 and id(p) not in tables]
@@ -71,7 +70,7 @@ def build_optimizer(model:nn.Module,
     named = {n: p for n,p in model.named_parameters() if p.requires_grad}
     if not named:
         raise FtkitError("no parameter of the model is trainable", where="optimizer",
-                         fix="Add LoRA layers with `add_lora`, or set requires_grad on what should learn")
+                         fix="Add LoRA layers, or set requires_grad on what should learn")
     groups = [dict(params=[named[n] for n in names], weight_decay=wd)
               for names,wd in zip(decay_groups(model), (cfg.weight_decay, 0.)) if names]
     fused = {p.device.type for p in named.values()} <= FUSED
@@ -81,7 +80,7 @@ def build_optimizer(model:nn.Module,
 def build_schedule(optimizer,
                    cfg:OptimConfig,
                    total_steps:int # Steps of the whole run
-                  ):               # Function: number of steps taken -> learning rate, which it has set
+                  ):               # Function: steps taken -> learning rate, which it has set
     "A function that sets the learning rate of every parameter group for the step it is given."
     peaks = [g["lr"] for g in optimizer.param_groups]
     def schedule(step):

@@ -124,7 +124,7 @@ def check_weights(model:nn.Module,
     if torch.float16 in dtypes:
         raise FtkitError("trainable weights are float16, which cannot hold their small updates",
                          where=f"precision={precision}",
-                         fix="Load the model with dtype='fp32'; precision='fp16' still computes fast")
+                         fix="Load the model with dtype='fp32'; precision='fp16' computes in half")
     if torch.bfloat16 in dtypes:
         say("ftkit: some trainable weights are bfloat16 and will miss small updates; "
             "load the model with dtype='fp32' to keep them")

@@ -19,7 +19,7 @@ class Callback:
     def before_fit(self, trainer): "After everything is set up or restored."
     def before_step(self, trainer): "The batches are there, nothing is computed yet."
     def after_step(self, trainer): "A step is taken, and logged and evaluated if that was due."
-    def after_eval(self, trainer, metrics:dict): "May add to `metrics`, and may draw random numbers."
+    def after_eval(self, trainer, metrics:dict): "May add to `metrics` and draw random numbers."
     def after_save(self, trainer, path): "A checkpoint is complete."
     def after_epoch(self, trainer): "All rows were seen once more."
     def on_record(self, trainer, record:dict): "An entry was added to `trainer.history`."
