@@ -169,7 +169,7 @@ def check_clean(pages):
         text = page.path.read_text(encoding="utf-8")
         nb = loads(text)
         clean_nb(nb)
-        if nb2str(nb) != text: problems.append(Problem(page.name, "is not clean: make clean-nbs"))
+        if nb2str(nb) != text: problems.append(Problem(page.name, "is not clean: make export"))
         ids = Counter(c.get("id") for c in page.raw["cells"])
         twice = [i for i, n in ids.items() if n > 1]
         if twice: problems.append(Problem(page.name, f"cell ids twice: {twice}"))
@@ -270,6 +270,9 @@ def check_rhythm(page):
         problems.append(Problem(page.name, "the title has no '> description' under it"))
     elif re.search(r"(?m)^>.*\n>", prose[0].source):
         problems.append(Problem(page.name, "the '> description' must be one line, for nbdev"))
+    elif rest := [x for x in prose[0].lines if not re.match(r"# |> |- \S+:|\s*$", x)]:
+        what = f"nbdev drops what else stands in the title's cell: {rest[0][:40]!r}"
+        problems.append(Problem(page.name, what))
     shown = [c for c in page.cells if c.kind != "raw" and not c.directives.keys() & HIDDEN]
     for cell in shown:
         idea = cell.public and not cell.imports_only

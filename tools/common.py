@@ -97,11 +97,13 @@ def run_notebook(path, flags=(), skip=True):
 SLOW_IMPORTS = "torch transformers accelerate peft matplotlib.pyplot pytest nbdev.test nbdev.serve"
 
 
-def preload(names=SLOW_IMPORTS):
+def preload():
     "Pay once for the slow imports; the children that are forked later have them for nothing."
-    for name in names.split():
+    names = os.environ.get("FTKIT_PRELOAD", SLOW_IMPORTS).split()
+    for name in names:
         try: __import__(name)
         except ImportError: pass
+    if "transformers" not in names: return
     try:  # transformers loads its parts when they are named
         from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast  # noqa
     except ImportError: pass
