@@ -189,7 +189,6 @@ BREAK = {
     "number twice": (cells("01_six", ["# Six\n> s"]), "the number 01 is used twice"),
     "name and module": (edit(NB, "default_exp one", "default_exp won"), "the file name says one"),
     "upward": (more("from ftkit.two import fourfold"), "imports ftkit.two, a higher"),
-    "whole package": (more("#| export\nimport ftkit"), "imports ftkit: import from its room"),
     "late directive": (more("import os\n#| export\nx = 1"), "nbdev overlooks '#| export'"),
     "docstring": (more("#| export\ndef bare(): return 1"), "bare has no docstring"),
     "long code": (more(f"assert {'1 + '*30}1"), "lines of code over 100"),
@@ -219,10 +218,11 @@ def test_check_finds(name, project):
 
 def test_check_warns(project):
     crowd = '#| export\ndef twice(x):\n    "Doubles."\n    return 2*x'
-    write(project, "00_one", [*ONE[:5], crowd, "assert twice(2) == 4", "import os\nos.sep"])
+    face = "#| export\nimport ftkit\nhere = ftkit.__file__"
+    write(project, "00_one", [*ONE[:5], crowd, "assert twice(2) == 4", face, "import os\nos.sep"])
     said = tool(project, "check")[1]
     for part in ("neither prose nor a run between it and the exported cell 5", "not 0.7 to 1.0",
-                 "last section is not 'Exercises'", "imports stand together with other code"):
+                 "last section is not 'Exercises'", "imports ftkit: import from its room", "imports and other code in one cell"):
         assert part in said
 
 

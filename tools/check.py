@@ -216,7 +216,7 @@ def imports_upward(page, cell, rooms):
         if not cell.exported: continue
         if room == page.module: problems.append(Problem(page.at(cell), "imports its own module"))
         if not room and name != "ftkit.__version__":
-            problems.append(Problem(page.at(cell), f"imports {name}: import from its room instead"))
+            problems.append(warning(page.at(cell), f"imports {name}: import from its room instead"))
     return problems
 
 
@@ -255,8 +255,8 @@ def check_code(page, cell, tree):
     runs = cell.directives.get("eval") != "false" and page.module
     imports = any(map(is_import, tree.body if cell.exported else ast.walk(tree)))
     if runs and imports and not all(map(is_import, tree.body)):
-        what = "imports stand together with other code: nbdev runs such a cell, alone, for the page"
-        problems.append(warning(page.at(cell), what))
+        what = "imports and other code in one cell, which nbdev runs alone when it makes the page"
+        problems.append(Problem(page.at(cell), what, error=not cell.exported))
     return problems
 
 
@@ -320,6 +320,9 @@ def check_outputs(page):
                 problems.append(Problem(here, f"an address in the output: {found[0]}"))
             if len(text) > 6000 and "text/html" not in data:
                 problems.append(warning(here, f"{len(text)} characters of output"))
+    code = [c for c in page.cells if c.kind == "code"]
+    if len(code) > 3 and not any(c.outputs for c in code):
+        problems.append(Problem(page.name, "has no outputs: tools/save_outputs.py"))
     kib = page.path.stat().st_size/1024
     if kib > NOTEBOOK_KIB:
         problems.append(Problem(page.name, f"{kib:.0f} KiB, at most {NOTEBOOK_KIB}"))
@@ -344,7 +347,8 @@ def check_files():
         long = [str(i) for i, line in enumerate(text, 1) if len(line) > LINE]
         if long:
             what = f"{len(long)} lines over {LINE} characters ({', '.join(long[:12])})"
-            problems.append(Problem(str(path.relative_to(ROOT)), what))
+            where = path.relative_to(ROOT).as_posix()
+            problems.append(Problem(where, what, error=not where.startswith("tests/")))
     return problems
 
 

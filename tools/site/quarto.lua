@@ -53,4 +53,16 @@ local function reference(text)
   return {pandoc.Link("Figure " .. numbers[name], "#" .. name), pandoc.Str(rest)}
 end
 
-return {{Figure = figure}, {Image = alternative, Str = reference, Div = callout}}
+local seen = {}
+
+local function unique(head)  -- a name and a section may be called alike: links go to the first
+  local name, n = head.identifier, 1
+  while seen[head.identifier] do
+    head.identifier = name .. "-" .. n
+    n = n + 1
+  end
+  seen[head.identifier] = true
+  return head
+end
+
+return {{Header = unique, Figure = figure}, {Image = alternative, Str = reference, Div = callout}}
