@@ -90,7 +90,8 @@ def damage(folder)->str: # None if the checkpoint is complete
     "What is wrong with a checkpoint folder, in a few words."
     folder = Path(folder)
     try: files = dict(read_json(folder/"trainer/state.json")["files"])
-    except (FtkitError, KeyError, TypeError, ValueError): return "trainer/state.json is missing or unreadable"
+    except (FtkitError, KeyError, TypeError, ValueError):
+        return "trainer/state.json is missing or unreadable"
     for name,size in files.items():
         f = folder/name
         if not f.is_file(): return f"{name} is missing"
