@@ -133,13 +133,18 @@ def say_once(cells):
         for c in cells[first:i] + cells[i + 1:last + 1]: about[shown_name(c)] = c
         names = [n for n in names if n in about]
         if not names: continue
-        shown = about[names[0]]["outputs"][0]["data"]["text/markdown"]
+        for c in about.values(): c.update(source="", outputs=[], shown=c["outputs"])
+        names = [n for n in names if not n.rpartition(".")[2].startswith("_")]
+        if not names:
+            cells[i] = dict(cell, source=code)
+            continue
+        shown = about[names[0]]["shown"][0]["data"]["text/markdown"]
         link = re.search(r"\[source\].*", "".join(shown))
         owner = names[0].rpartition(".")[0] + "."
         title = ", ".join(names[:1] + [n.removeprefix(owner) for n in names[1:]])
+        title = title.replace("_", "\\_")
         anchors = "".join(f"[]{{#{n.lower()}}}" for n in names[1:])
         head = f"{anchors}{link[0] if link else ''}\n\n### {title} {{#{names[0].lower()}}}"
-        for c in about.values(): c.update(source="", outputs=[])
         cells[first] = dict(cells[first], cell_type="markdown", source=head)
         code_cell = dict(cell, source=code)
         if first == i: cells.insert(i + 1, code_cell)

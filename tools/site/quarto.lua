@@ -55,6 +55,11 @@ end
 
 local seen = {}
 
+local function anchor(span)
+  if span.identifier ~= "" and seen[span.identifier] then span.identifier = "" end
+  return span
+end
+
 local function unique(head)  -- a name and a section may be called alike: links go to the first
   local name, n = head.identifier, 1
   while seen[head.identifier] do
@@ -65,4 +70,4 @@ local function unique(head)  -- a name and a section may be called alike: links 
   return head
 end
 
-return {{Header = unique, Figure = figure}, {Image = alternative, Str = reference, Div = callout}}
+return {{Header = unique, Figure = figure}, {Image = alternative, Str = reference, Span = anchor, Div = callout}}
