@@ -21,10 +21,10 @@ from .templates import Template, template
 @dataclass
 class DataConfig:
     "What to train on, and how it is written out."
-    path:str="builtin:colors/train" # File, folder, or builtin:colors/train, builtin:colors/test, builtin:nano_text
+    path:str="builtin:colors/train" # File, folder, or builtin:colors/train, builtin:nano_text …
     layout:str="auto"               # alpaca, conversation, messages, colors, text; auto finds out
     template:str="tokenizer"        # default, qwen_chat, internlm2_chat, or the tokenizer's own
-    max_length:int=512              # Tokens in a row; longer replies are cut, and keep their end token
+    max_length:int=512              # Tokens in a row; longer replies are cut, but keep their end
     packing:bool=True               # Several whole samples in a row
     system:str|None=None            # System message for samples that bring none
     eval_path:str|None=None         # Data to evaluate on, in the same layout
@@ -50,17 +50,21 @@ class TuningData:
         "Counts of samples, tokens and rows."
         lengths = sorted(map(len, self.encoded))
         room = self.config.max_length*len(self.rows)
-        return dict(samples=len(self.samples), tokens=sum(lengths), learned=self.report.learned, median=lengths[len(lengths)//2],
-                    longest=lengths[-1], rows=len(self.rows), filled=sum(lengths)/room, truncated=self.report.truncated,
-                    split=self.report.split, dropped=self.report.dropped, skipped=self.skipped)
+        r = self.report
+        return dict(samples=len(self.samples), tokens=r.tokens, learned=r.learned,
+                    median=lengths[len(lengths)//2], longest=lengths[-1], rows=len(self.rows),
+                    filled=r.tokens/room, truncated=r.truncated, split=r.split, dropped=r.dropped,
+                    skipped=self.skipped)
 
 # %% ../../nbs/35_data.dataset.ipynb #4a62528c
 def _account(data)->list: # Pairs of name and value, without zeros
     s = data.statistics
-    lost = [(k, s[k]) for k in ("truncated", "split", "dropped", "skipped") if s[k]]
-    return [("samples", f"{s['samples']:,}"), ("tokens", f"{s['tokens']:,}"), ("learned", f"{s['learned']/s['tokens']:.0%}"),
-            ("longest", s["longest"]), ("rows", f"{s['rows']:,} of {data.config.max_length}"), ("filled", f"{s['filled']:.1%}"),
-            *lost, ("template", data.template.name)] + ([("held out", f"{len(data.eval.samples):,}")] if data.eval else [])
+    held = [("held out", f"{len(data.eval.samples):,}")] if data.eval else []
+    lost = [(k, f"{s[k]:,}") for k in ("truncated", "split", "dropped", "skipped") if s[k]]
+    return [("samples", f"{s['samples']:,}"), *held, ("tokens", f"{s['tokens']:,}"),
+            ("learned", f"{s['learned']/s['tokens']:.0%}"), ("longest", f"{s['longest']:,}"),
+            ("rows", f"{s['rows']:,} of {data.config.max_length:,}"),
+            ("filled", f"{s['filled']:.1%}"), *lost, ("template", data.template.name)]
 
 @patch
 def __repr__(self:TuningData)->str:
@@ -68,39 +72,45 @@ def __repr__(self:TuningData)->str:
 
 @patch
 def _repr_html_(self:TuningData)->str:
-    cells = "".join(f'<tr><th style="text-align:left">{escape(str(k))}</th><td style="text-align:left">{escape(str(v))}</td></tr>'
+    left = 'style="text-align:left"'
+    cells = "".join(f"<tr><th {left}>{escape(k)}</th><td {left}>{escape(v)}</td></tr>"
                     for k,v in _account(self))
-    return f"<table>{cells}</table>" + preview(self.rows[0], self.tokenizer, max_tokens=160)._repr_html_()
+    first = preview(self.rows[0], self.tokenizer, max_tokens=160)
+    return f"<table>{cells}</table>{first._repr_html_()}"
 
 # %% ../../nbs/35_data.dataset.ipynb #9b4b24fe
 def _tell(name, report, skipped, cfg):
     "Say what was cut, left out or skipped."
+    of = f"of {report.rows:,} samples"
     if report.truncated:
-        say(f"{name}: {report.truncated:,} of {report.rows:,} samples were longer than max_length={cfg.max_length} and lost "
-            f"{report.cut_tokens:,} tokens; replies that were cut keep their end token. Raise max_length to keep them whole.")
-    if report.dropped:
-        say(f"{name}: {report.dropped:,} of {report.rows:,} samples teach nothing and were left out (on_masked=drop).")
+        say(f"{name}: {report.truncated:,} {of} were longer than max_length={cfg.max_length} and "
+            f"lost {report.cut_tokens:,} tokens. Replies that were cut keep their end token. Raise "
+            "max_length to keep them whole.")
+    if report.dropped: say(f"{name}: {report.dropped:,} {of} teach nothing and were left out.")
     if skipped: say(f"{name}: {skipped:,} rows without an answer (<nooutput>) were skipped.")
 
 def _build(samples, cfg, t, tokenizer, name, progress)->TuningData:
     encoded,report = encode_all(samples, t, tokenizer, cfg.max_length, cfg.on_masked, progress)
-    kept = list(dict.fromkeys(report.source))
     _tell(name, report, samples.skipped, cfg)
-    return TuningData(cfg, _chosen(samples, kept), encoded, make_rows(encoded, cfg.max_length, cfg.packing), report, t,
-                      tokenizer, samples.skipped)
+    return TuningData(cfg, _chosen(samples, dict.fromkeys(report.source)), encoded,
+                      make_rows(encoded, cfg.max_length, cfg.packing), report, t, tokenizer,
+                      samples.skipped)
 
 def _chosen(samples, numbers)->Rows:
-    return Rows([samples[i] for i in numbers], samples.places and [samples.places[i] for i in numbers])
+    places = None if samples.places is None else [samples.places[i] for i in numbers]
+    return Rows([samples[i] for i in numbers], places)
 
 # %% ../../nbs/35_data.dataset.ipynb #b076f705
 def _hold_out(samples, fraction):
     "Two lists: to train on, to evaluate on."
     if not 0 <= fraction < 1:
-        raise FtkitError(f"{fraction} is not a share", where="eval_fraction", fix="Give a number from 0 to below 1, such as 0.05")
+        raise FtkitError(f"{fraction} is not a share", where="eval_fraction",
+                         fix="Give a number from 0 to below 1, such as 0.05")
     if not fraction: return samples,None
     held = set(random.Random(0).sample(range(len(samples)), max(1, round(fraction*len(samples)))))
     if len(held) == len(samples):
-        raise FtkitError(f"nothing is left to train on: {len(held)} of {len(samples)} samples", where="eval_fraction")
+        raise FtkitError(f"nothing is left to train on: {len(held)} of {len(samples)} samples",
+                         where="eval_fraction")
     train = _chosen(samples, [i for i in range(len(samples)) if i not in held])
     train.skipped = samples.skipped
     return train,_chosen(samples, sorted(held))
@@ -110,9 +120,11 @@ def load_data(cfg:DataConfig, tokenizer,
               progress=True # Show a bar in the terminal
              )->TuningData:
     "Read, render, encode and pack a data set, and its held-out part."
-    if cfg.max_length < 2: raise FtkitError(f"{cfg.max_length} is too short for a row", where="max_length")
+    if cfg.max_length < 2:
+        raise FtkitError(f"{cfg.max_length} is too short for a row", where="max_length")
     if cfg.eval_path and cfg.eval_fraction:
-        raise FtkitError("both a file and a share are given for evaluation", where="eval_path, eval_fraction", fix="Give one")
+        raise FtkitError("both a file and a share are given for evaluation",
+                         where="eval_path, eval_fraction", fix="Give one")
     rows = read_rows(cfg.path)
     layout = find_layout(rows) if cfg.layout == "auto" else cfg.layout
     name = "text" if layout == "text" and cfg.template == "tokenizer" else cfg.template

@@ -38,9 +38,11 @@ class _Encoder:
         self.ids = added_tokens(tokenizer, special=True)
         self.ids |= {t: i for t in stop if (i := token_id(tokenizer, t)) is not None}
         flags = {t.content: t for t in tokenizer.added_tokens_decoder.values()}
-        sides = [((r"\s*" if t in flags and flags[t].lstrip else "") + re.escape(t)
-                  + (r"\s*" if t in flags and flags[t].rstrip else "")) for t in sorted(self.ids, key=len, reverse=True)]
-        self.special = re.compile("|".join(sides) or "(?!)")
+        def pattern(text): # with the white space that the tokenizer would swallow
+            sides = [getattr(flags.get(text), side, False) for side in ("lstrip", "rstrip")]
+            return re.escape(text).join(r"\s*" if strips else "" for strips in sides)
+        longest_first = sorted(self.ids, key=len, reverse=True)
+        self.special = re.compile("|".join(map(pattern, longest_first)) or "(?!)")
         weak = [t for t in self.ids if t in flags and not flags[t].special]
         self.weak = re.compile("|".join(map(re.escape, weak)) or "(?!)")
         self.ints = list(range(max([len(tokenizer) - 1, *self.ids.values()]) + 1))
@@ -49,30 +51,37 @@ class _Encoder:
 # %% ../../nbs/32_data.encode.ipynb #f4270702
 @patch
 def cuts(self:_Encoder, r:Rendered):
-    "In order: plain text or id of a special token; number of the learned span or -1; whether it continues plain text."
-    text,pos,out,tokens = r.text,0,[],[]
+    "In order: text or id of a special token; its learned span or -1; whether text goes on."
+    text,pos,tokens = r.text,0,[]
     for a,b in [*r.data, (len(text), len(text))]:
-        tokens += [(m.start(), m.end(), self.ids[m[0].strip()]) for m in self.special.finditer(text, pos, a)]
+        tokens += [(m.start(), m.end(), self.ids[m[0].strip()])
+                   for m in self.special.finditer(text, pos, a)]
         pos = b
+    real = {start for start,_,_ in tokens}
     borders = {p for span in r.replies or r.spans for p in span}
-    borders |= {m.start() + 1 for m in self.weak.finditer(text) if not any(a == m.start() for a,_,_ in tokens)}
-    borders,edges,pos,glued = sorted(borders),[p for span in r.spans for p in span],0,False
+    borders |= {m.start() + 1 for m in self.weak.finditer(text) if m.start() not in real}
+    borders,edges = sorted(borders),[p for span in r.spans for p in span]
     def span(p): return k//2 if (k := bisect_right(edges, p)) % 2 else -1
+    out,pos,glued = [],0,False
     for start,end,token in [*tokens, (len(text), len(text), None)]:
         for p in [*(b for b in borders if pos < b < start), start]:
             if p > pos: out.append((text[pos:p], span(pos), glued)); glued = True
             pos = p
-        if token is not None: out.append((token, span(max(start, end - len(text[start:end].lstrip()))), False))
+        if token is not None:
+            core = end - len(text[start:end].lstrip())
+            out.append((token, span(core), False))
         pos,glued = end,False
     return out
 
 # %% ../../nbs/32_data.encode.ipynb #33f6da57
-_CALL = dict(add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False, verbose=False)
+_CALL = dict(add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False,
+             verbose=False)
 
 @patch
 def find_prefix(self:_Encoder)->_Encoder:
-    "Find an anchor if the tokenizer puts something in front of texts, and whether it does so after special tokens."
-    def ids(text, split=True): return self.tokenizer(text, split_special_tokens=split, **_CALL)["input_ids"]
+    "Find out whether the tokenizer puts something in front of texts, and after special tokens."
+    def ids(text, split=True):
+        return self.tokenizer(text, split_special_tokens=split, **_CALL)["input_ids"]
     whole = ids("x")
     for anchor in "\n", "。", "\x01", "x":
         a = ids(anchor)
@@ -86,30 +95,34 @@ def find_prefix(self:_Encoder)->_Encoder:
 
 # %% ../../nbs/32_data.encode.ipynb #56f6f2b2
 @patch
-def tokenize(self:_Encoder, plain:list, glued:bool)->dict:
-    "Ids of each text."
-    lead,n = (self.anchor[0], len(self.anchor[1])) if glued and self.anchor else ("", 0)
-    found = self.tokenizer([lead + t for t in plain], split_special_tokens=True, **_CALL)["input_ids"] if plain else []
-    joined = [t for t,ids in zip(plain, found) if n and ids[:n] != self.anchor[1]]
-    if joined: raise FtkitError(f"can't encode {joined[0][:40]!r} on its own with this tokenizer", fix="Use a fast tokenizer")
-    ints = self.ints
-    return {(t, glued): [ints[i] for i in ids[n:]] for t,ids in zip(plain, found)}
+def tokenize(self:_Encoder, texts:list, glued:bool)->dict:
+    "Ids of each text; of texts that continue others, without what the tokenizer puts in front."
+    if not texts: return {}
+    lead,start = self.anchor if glued and self.anchor else ("", [])
+    found = self.tokenizer([lead + t for t in texts], split_special_tokens=True, **_CALL)
+    n,ints,out = len(start),self.ints,{}
+    for text,ids in zip(texts, found["input_ids"]):
+        if ids[:n] != start:
+            raise FtkitError(f"this tokenizer joins {lead!r} with the text {text[:40]!r}, so the "
+                             "text can't be encoded as the continuation of another")
+        out[text, glued] = [ints[i] for i in ids[n:]]
+    return out
 
+# %% ../../nbs/32_data.encode.ipynb #bbca0dc6
 @patch
 def __call__(self:_Encoder, rendered:list)->list:
     "For each: `Encoded`, and where its learned replies begin and end, in tokens."
-    plans = [[(p, s, bool(g and self.anchor)) for p,s,g in self.cuts(r)] for r in rendered]
-    if self.anchor and not self.prefixed: # after a special token, too
-        plans = [[(p, s, g or i > 0) for i,(p,s,g) in enumerate(plan)] for plan in plans]
-    texts = dict.fromkeys((p, g) for plan in plans for p,_,g in plan if isinstance(p, str) and (p, g) not in self.known)
+    after = self.anchor and not self.prefixed  # text after a special token continues the text, too
+    plans = [[(piece, span, bool(self.anchor and glued or after and i))
+              for i,(piece,span,glued) in enumerate(self.cuts(r))] for r in rendered]
+    texts = {(p, g) for plan in plans for p,_,g in plan if isinstance(p, str)} - self.known.keys()
     ids = {}
     for glued in False, True: ids |= self.tokenize([t for t,g in texts if g == glued], glued)
     known,out = ChainMap(ids, self.known),[]
     for plan in plans:
         enc,runs = Encoded([], []),{}
         for piece,span,glued in plan:
-            new = [piece] if isinstance(piece, int) else known[piece, glued]
-            at = len(enc.ids)
+            new,at = [piece] if isinstance(piece, int) else known[piece, glued],len(enc.ids)
             enc.ids += new
             enc.labels += new if span >= 0 else [IGNORE]*len(new)
             if span >= 0: runs[span] = (runs.get(span, (at,))[0], at + len(new))
@@ -119,16 +132,18 @@ def __call__(self:_Encoder, rendered:list)->list:
 
 # %% ../../nbs/32_data.encode.ipynb #f34c41a9
 def _fit(encoded:Encoded, runs:list, max_length, tokenizer)->Encoded:
-    "`encoded` if it is short enough, else its beginning with the end token of the reply that was cut."
+    "`encoded` if it fits, else its beginning with the end token of the reply that is cut."
     if max_length is None or len(encoded) <= max_length: return encoded
-    keep = 0
+    keep,ids,labels = 0,encoded.ids,encoded.labels
     for start,end in runs:
         if end <= max_length: keep = end
         elif start < max_length - 1:
             k = max_length - 1
-            while start + 1 < k and tokenizer.decode(encoded.ids[max(start, k - 8):k]).endswith("\ufffd"): k -= 1
-            return Encoded(encoded.ids[:k] + [encoded.ids[end-1]], encoded.labels[:k] + [encoded.labels[end-1]])
-    return Encoded(encoded.ids[:keep], encoded.labels[:keep])
+            while k > start + 1 and _open(ids[max(start, k - 8):k], tokenizer): k -= 1
+            return Encoded(ids[:k] + [ids[end-1]], labels[:k] + [labels[end-1]])
+    return Encoded(ids[:keep], labels[:keep])
+
+def _open(ids, tokenizer): return tokenizer.decode(ids).endswith("\ufffd") # inside a character
 
 # %% ../../nbs/32_data.encode.ipynb #69679d74
 _encoders = WeakKeyDictionary()
@@ -142,10 +157,12 @@ def _why_masked(r:Rendered, runs, max_length)->FtkitError:
     if not r.replies: problem,fix = "there is no reply to learn from",None
     elif not r.spans: problem,fix = "every reply has loss=False",None
     elif runs and max_length and runs[0][0] >= max_length - 1:
-        problem = f"the text before the first reply takes {runs[0][0]} of max_length={max_length} tokens, so no reply fits"
+        problem = (f"the text before the first reply takes {runs[0][0]} of max_length={max_length} "
+                   "tokens, so no reply fits")
         fix = "Raise max_length"
     else: problem,fix = "the text is empty",None
-    return FtkitError(f"nothing would be learned: {problem}", fix=f"{fix or 'Remove it'}, or set on_masked=drop")
+    return FtkitError(f"nothing would be learned: {problem}",
+                      fix=f"{fix or 'Remove it'}, or set on_masked=drop")
 
 # %% ../../nbs/32_data.encode.ipynb #0baa209b
 def encode(messages,           # `Message`s or dictionaries
@@ -191,41 +208,13 @@ def _parts(encoded:Encoded, max_length)->list:
     cuts = [round(k*len(encoded)/n) for k in range(n + 1)]
     return [Encoded(encoded.ids[a:b], encoded.labels[a:b]) for a,b in zip(cuts, cuts[1:])]
 
+# %% ../../nbs/32_data.encode.ipynb #a96f0f8f
 def _tracked(batches, progress):
     if not (progress and is_main() and sys.stderr.isatty() and len(batches) > 8): return batches
     from rich.console import Console
     from rich.progress import track
     return track(batches, "Encoding", console=Console(stderr=True), transient=True)
 
-# %% ../../nbs/32_data.encode.ipynb #b7b7ccd8
-def encode_all(samples,           # Conversations
-               template:Template,
-               tokenizer,
-               max_length:int=None,
-               on_masked="error", # What to do with rows that teach nothing: "error" or "drop"
-               progress=True      # Show a bar in the terminal
-              )->tuple:           # List of `Encoded`, `EncodeReport`
-    "Ids and labels of many conversations."
-    if on_masked not in ("error", "drop"):
-        raise FtkitError(f"{on_masked!r} is not known", where="on_masked", fix="Use error or drop")
-    if max_length is not None and max_length < 2: raise FtkitError(f"{max_length} is too short", where="max_length")
-    t,out,report = template.bind(tokenizer),[],EncodeReport(rows=len(samples))
-    encoder,place = _encoder(t, tokenizer),getattr(samples, "place", lambda i: f"row {i + 1}")
-    for first in _tracked(range(0, len(samples), 512), progress):
-        rendered = [_at(place, i, t.render, samples[i]) for i in range(first, min(first + 512, len(samples)))]
-        for i,(r,(whole,runs)) in enumerate(zip(rendered, encoder(rendered)), first):
-            new = _fit_all(t, whole, runs, max_length, tokenizer, report)
-            if not any(e.learned for e in new):
-                if on_masked == "error": _at(place, i, _raise, _why_masked(r, runs, max_length))
-                report.dropped += 1
-                continue
-            for e in new: report.add(i, e)
-            out += new
-    if not out: raise FtkitError(f"nothing would be learned from any of the {report.rows} rows", fix="Look at one with "
-                                 "ftkit.preview, and check layout, template and max_length")
-    return out,report
-
-# %% ../../nbs/32_data.encode.ipynb #a96f0f8f
 def _raise(error): raise error
 
 def _at(place, i, function, arg):
@@ -242,5 +231,38 @@ def _fit_all(t, whole, runs, max_length, tokenizer, report)->list:
         report.split += 1
         return _parts(whole, max_length)
     out = _fit(whole, runs, max_length, tokenizer)
-    if 0 < out.learned < whole.learned: report.truncated += 1; report.cut_tokens += len(whole) - len(out)
+    if 0 < out.learned < whole.learned:
+        report.truncated += 1
+        report.cut_tokens += len(whole) - len(out)
     return [out]
+
+# %% ../../nbs/32_data.encode.ipynb #fde8b040
+def encode_all(samples,           # Conversations
+               template:Template,
+               tokenizer,
+               max_length:int=None,
+               on_masked="error", # What to do with rows that teach nothing: "error" or "drop"
+               progress=True      # Show a bar in the terminal
+              )->tuple:           # List of `Encoded`, `EncodeReport`
+    "Ids and labels of many conversations."
+    if on_masked not in ("error", "drop"):
+        raise FtkitError(f"{on_masked!r} is not known", where="on_masked", fix="Use error or drop")
+    if max_length is not None and max_length < 2:
+        raise FtkitError(f"{max_length} is too short", where="max_length")
+    t,out,report = template.bind(tokenizer),[],EncodeReport(rows=len(samples))
+    encoder,place = _encoder(t, tokenizer),getattr(samples, "place", lambda i: f"row {i + 1}")
+    for first in _tracked(range(0, len(samples), 512), progress):
+        numbers = range(first, min(first + 512, len(samples)))
+        rendered = [_at(place, i, t.render, samples[i]) for i in numbers]
+        for i,(r,(whole,runs)) in enumerate(zip(rendered, encoder(rendered)), first):
+            new = _fit_all(t, whole, runs, max_length, tokenizer, report)
+            if not any(e.learned for e in new):
+                if on_masked == "error": _at(place, i, _raise, _why_masked(r, runs, max_length))
+                report.dropped += 1
+                continue
+            for e in new: report.add(i, e)
+            out += new
+    if not out:
+        raise FtkitError(f"nothing would be learned from any of the {report.rows} rows",
+                         fix="Look at one with ftkit.preview; check layout, template, max_length")
+    return out,report

@@ -19,9 +19,9 @@ def pack(lengths:list,   # Lengths of the samples
         )->list:         # For each row, the numbers of its samples
     "Best-fit decreasing: whole samples in as few rows as it finds, the same every time."
     if bad := [i for i,n in enumerate(lengths) if not 0 < n <= max_length]:
-        raise FtkitError(f"{lengths[bad[0]]} tokens do not fit a row of {max_length}", where=f"sample {bad[0] + 1}",
-                         fix="Encode with the same max_length")
-    rows,rooms,open_rows = [],[],{} # sizes of the rooms, sorted; for each size, the rows that have it left
+        raise FtkitError(f"{lengths[bad[0]]} tokens do not fit a row of {max_length}",
+                         where=f"sample {bad[0] + 1}", fix="Encode with the same max_length")
+    rows,rooms,open_rows = [],[],{} # sizes of rooms that are left, sorted; rows for each size
     for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
         k = bisect_left(rooms, lengths[i])
         if k < len(rooms):
@@ -52,8 +52,9 @@ def make_rows(encoded:list,   # `Encoded` samples
               packing=True    # Otherwise one sample a row
              )->list:         # `Row`s
     "Rows of whole samples."
-    plan = pack([len(e) for e in encoded], max_length) if packing else [[i] for i in range(len(encoded))]
-    count,rows = list(range(max(map(len, encoded), default=0))),[]
+    lengths = [len(e) for e in encoded]
+    plan = pack(lengths, max_length) if packing else [[i] for i in range(len(encoded))]
+    count,rows = list(range(max(lengths, default=0))),[]
     for samples in plan:
         row = Row([], [], [], [0])
         for e in (encoded[i] for i in samples):
@@ -66,7 +67,7 @@ def make_rows(encoded:list,   # `Encoded` samples
 
 # %% ../../nbs/33_data.packing.ipynb #aec0305d
 def block_causal(samples:Tensor # For each token the number of its sample, [batch, seq]
-                )->Tensor:      # True where a token (row) may look at another (column), [batch, 1, seq, seq]
+                )->Tensor:      # True where one may look at another, [batch, 1, seq, seq]
     "Which tokens may attend to which."
     n = samples.shape[1]
     same = samples[:, None, :, None] == samples[:, None, None, :]
@@ -75,13 +76,16 @@ def block_causal(samples:Tensor # For each token the number of its sample, [batc
 # %% ../../nbs/33_data.packing.ipynb #dd819a69
 def collate(rows:list,          # `Row`s
             pad_id:int,         # Any id; it is masked by position
-            mask=torch.float32  # Type of the mask: floats work everywhere, torch.bool is smaller (not for eager attention)
-           )->dict:             # input_ids, labels, position_ids [batch, seq]; attention_mask [batch, 1, seq, seq]
-    "A batch for a model of transformers."
+            mask=torch.float32  # Type of the mask; torch.bool is smaller, not for eager attention
+           )->dict:             # Tensors by the names of a model's arguments
+    "input_ids, labels, position_ids, [batch, seq], and attention_mask, [batch, 1, seq, seq]."
     n = max(map(len, rows))
     def padded(lists, fill): return torch.tensor([[*l, *[fill]*(n - len(l))] for l in lists])
-    samples = padded([[k for k,(a,b) in enumerate(zip(r.starts, r.starts[1:])) for _ in range(b - a)] for r in rows], -1)
-    allowed = block_causal(samples)
-    if mask != torch.bool: allowed = torch.zeros_like(allowed, dtype=mask).masked_fill_(~allowed, -torch.inf)
-    return dict(input_ids=padded([r.ids for r in rows], pad_id), labels=padded([r.labels for r in rows], IGNORE),
-                position_ids=padded([[*r.positions, *range(n - len(r))] for r in rows], 0), attention_mask=allowed)
+    def numbers(r):
+        return [k for k,(a,b) in enumerate(zip(r.starts, r.starts[1:])) for _ in range(b - a)]
+    allowed = block_causal(padded(map(numbers, rows), -1))
+    if mask != torch.bool:
+        allowed = torch.zeros_like(allowed, dtype=mask).masked_fill_(~allowed, -torch.inf)
+    positions = torch.tensor([[*r.positions, *range(n - len(r))] for r in rows])
+    return dict(input_ids=padded([r.ids for r in rows], pad_id), position_ids=positions,
+                labels=padded([r.labels for r in rows], IGNORE), attention_mask=allowed)

@@ -45,8 +45,9 @@ class TokenView:
     @property
     def summary(self)->str:
         "How much of it is learned."
-        n,learned = (sum(len(i) for _,i,l,_ in self.tokens if l or not only) for only in (False, True))
-        samples = sum(b for *_,b in self.tokens)
+        n = sum(len(ids) for _,ids,*_ in self.tokens)
+        learned = sum(len(ids) for _,ids,is_learned,_ in self.tokens if is_learned)
+        samples = sum(begins for *_,begins in self.tokens)
         return (f"{learned} of {n} tokens learned" + (f", {samples} samples" if samples > 1 else "")
                 + (f", {self.more} more tokens not shown" if self.more else ""))
 
@@ -75,7 +76,8 @@ def preview(what,                  # `Encoded`, packed `Row`, or a conversation
         t = (template or template_named("tokenizer", tokenizer)).bind(tokenizer)
         what = _encoder(t, tokenizer)([t.render(what)])[0][0]
     if not isinstance(what, (Encoded, Row)):
-        raise FtkitError(f"can't preview {type(what).__name__}", fix="Give a conversation, an encoded sample or a packed row")
+        raise FtkitError(f"can't preview {type(what).__name__}",
+                         fix="Give a conversation, an encoded sample or a packed row")
     ids,labels = what.ids[:max_tokens],what.labels[:max_tokens]
     starts = set(getattr(what, "starts", [0]))
     changes = {i for i in range(1, len(ids)) if (labels[i] == IGNORE) != (labels[i-1] == IGNORE)}
@@ -93,19 +95,23 @@ def __rich__(self:TokenView):
     out = Text()
     for i,(text,_,learned,begins) in enumerate(self.shown()):
         if begins and i: out.append("\n────\n", style="yellow")
-        out.append(text, style=("bold green" if learned else "bright_black") + (" underline" if i % 2 else ""))
+        colour = "bold green" if learned else "bright_black"
+        out.append(text, style=f"{colour} underline" if i % 2 else colour)
     return out.append(f"\n({self.summary})", style="italic")
 
 # %% ../../nbs/34_data.preview.ipynb #9ce893b4
-_LEARNED = "background:rgba(46,160,67,.3);border-bottom:2px solid rgb(46,160,67)"
-_OTHER = "border-bottom:1px dotted rgba(128,128,128,.6)"
+_PAGE = "font-family:monospace;white-space:pre-wrap;overflow-wrap:anywhere;line-height:1.7"
+_BORDER = '<hr style="margin:.3em 0;border:0;border-top:2px solid rgb(217,119,6)">'
+_TOKEN = {True: "background:rgba(46,160,67,.3);border-bottom:2px solid rgb(46,160,67)",
+          False: "border-bottom:1px dotted rgba(128,128,128,.6)"}
 
 @patch
 def _repr_html_(self:TokenView)->str:
     out = []
     for i,(text,ids,learned,begins) in enumerate(self.shown()):
-        if begins and i: out.append('<hr style="margin:.3em 0;border:0;border-top:2px solid rgb(217,119,6)">')
+        if begins and i: out.append(_BORDER)
         name = f"id {', '.join(map(str, ids))}, {'learned' if learned else 'not learned'}"
-        out.append(f'<span title="{name}" style="margin-right:1px;{_LEARNED if learned else _OTHER}">{escape(text)}</span>')
-    return ('<div style="font-family:monospace;white-space:pre-wrap;overflow-wrap:anywhere;line-height:1.7">'
-            f'{"".join(out)}<div style="opacity:.7;font-style:italic">{escape(self.summary)}</div></div>')
+        style = f"margin-right:1px;{_TOKEN[learned]}"
+        out.append(f'<span title="{name}" style="{style}">{escape(text)}</span>')
+    summary = f'<div style="opacity:.7;font-style:italic">{escape(self.summary)}</div>'
+    return f'<div style="{_PAGE}">{"".join(out)}{summary}</div>'
