@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['IGNORE', 'learned_places', 'packed_mask', 'one_sample_each', 'SupervisedTuning', 'PreTraining']
 
-# %% ../nbs/70_sft.ipynb #35a89e78
+# %% ../nbs/70_sft.ipynb #364abffa
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from .data.packing import block_causal
 from .training.plan import Objective
 
-# %% ../nbs/70_sft.ipynb #d3c95d10
+# %% ../nbs/70_sft.ipynb #fa66aa9b
 IGNORE = -100
 
 def learned_places(labels:Tensor # Aligned with the ids, -100 where nothing is learned, [batch, seq]
@@ -22,7 +22,7 @@ def learned_places(labels:Tensor # Aligned with the ids, -100 where nothing is l
     places = (wanted != IGNORE).nonzero()[:,0]
     return places,wanted[places]
 
-# %% ../nbs/70_sft.ipynb #20602016
+# %% ../nbs/70_sft.ipynb #9a4343cb
 def packed_mask(positions:Tensor, # Position of each token within its sample, [batch, seq]
                 dtype=torch.float32
                )->Tensor:         # 0 where a token may look, -inf elsewhere, [batch, 1, seq, seq]
@@ -30,7 +30,7 @@ def packed_mask(positions:Tensor, # Position of each token within its sample, [b
     allowed = block_causal((positions == 0).cumsum(-1))
     return torch.zeros_like(allowed, dtype=dtype).masked_fill_(~allowed, -torch.inf)
 
-# %% ../nbs/70_sft.ipynb #12a4a75c
+# %% ../nbs/70_sft.ipynb #629e3c46
 def one_sample_each(batch:dict # With labels and perhaps position_ids, [batch, seq]
                    )->bool:
     "Whether only the first block of positions of each row is learned from."
@@ -38,7 +38,7 @@ def one_sample_each(batch:dict # With labels and perhaps position_ids, [batch, s
     later = (batch["position_ids"] == 0).cumsum(-1) > 1
     return not (later & (batch["labels"] != IGNORE)).any()
 
-# %% ../nbs/70_sft.ipynb #eaf2731c
+# %% ../nbs/70_sft.ipynb #77108d12
 class SupervisedTuning(Objective):
     "Cross entropy of the labelled tokens; `accuracy` is the part that is the model's first guess."
     def prepare(self, batch):
@@ -67,6 +67,6 @@ class SupervisedTuning(Objective):
         dtype = half or next(model.parameters()).dtype
         return {**out, "attention_mask": packed_mask(out["position_ids"], dtype)}
 
-# %% ../nbs/70_sft.ipynb #cdc4990d
+# %% ../nbs/70_sft.ipynb #49f323d5
 class PreTraining(SupervisedTuning):
     "The same for plain text, where every token is learned."

@@ -6,14 +6,14 @@
 __all__ = ['VIEWS', 'duration', 'status', 'telling', 'Lines', 'Bar', 'Figure', 'Progress', 'answers', 'split_answer',
            'SampleChats', 'AnswerMetric', 'check_trackers', 'Trackers', 'default_callbacks']
 
-# %% ../../nbs/63_training.callbacks.ipynb #2352b581
+# %% ../../nbs/63_training.callbacks.ipynb #c5f88f51
 import sys, time
 from html import escape
 from ..core import FtkitError, in_notebook, is_main, unknown_name
 from .run import (Callback, Interrupted, JsonlLog, Run, SaveCheckpoints, StopOnSignal,
                                 loss_svg)
 
-# %% ../../nbs/63_training.callbacks.ipynb #9db8dac0
+# %% ../../nbs/63_training.callbacks.ipynb #206464e1
 def duration(seconds:float)->str:
     "A length of time as people write it."
     minutes,s = divmod(round(seconds), 60)
@@ -30,7 +30,7 @@ def status(record:dict,     # A "train" entry of the history
     if left is not None: parts.append(f"{duration(left)} left")
     return "  ".join(parts)
 
-# %% ../../nbs/63_training.callbacks.ipynb #cf532036
+# %% ../../nbs/63_training.callbacks.ipynb #10d5cde4
 def telling(record:dict # Any entry of the history
            )->str:      # Empty for an entry that needs no line of its own
     "What an entry says to people."
@@ -44,7 +44,7 @@ def telling(record:dict # Any entry of the history
         return "\n".join([f"step {record['step']}: samples:", *pairs])
     return ""
 
-# %% ../../nbs/63_training.callbacks.ipynb #61ee25af
+# %% ../../nbs/63_training.callbacks.ipynb #78037010
 class Lines:
     "Plain lines on standard error, one every few seconds."
     def __init__(self, trainer, every=5.): self.last,self.every = -every,every
@@ -56,7 +56,7 @@ class Lines:
     def tell(self, text): print(text, file=sys.stderr, flush=True)
     def close(self, trainer): "Nothing is open."
 
-# %% ../../nbs/63_training.callbacks.ipynb #bb0ea3c2
+# %% ../../nbs/63_training.callbacks.ipynb #a284e22d
 class Bar:
     "A moving bar on a terminal."
     def __init__(self, trainer, console=None):
@@ -72,7 +72,7 @@ class Bar:
     def tell(self, text): self.bar.console.print(text, markup=False, highlight=False)
     def close(self, trainer): self.bar.stop()
 
-# %% ../../nbs/63_training.callbacks.ipynb #1fc8d648
+# %% ../../nbs/63_training.callbacks.ipynb #696d9c31
 class Figure:
     "A loss curve in a notebook that grows while the run goes on."
     def __init__(self, trainer, every=1.):
@@ -92,7 +92,7 @@ class Figure:
     def tell(self, text): self.told = text
     def close(self, trainer): self.place.update(self.html(Run(trainer.history)._repr_html_()))
 
-# %% ../../nbs/63_training.callbacks.ipynb #bfc9eb60
+# %% ../../nbs/63_training.callbacks.ipynb #667212dd
 VIEWS = {"bar": Bar, "lines": Lines, "notebook": Figure}
 
 class Progress(Callback):
@@ -122,7 +122,7 @@ class Progress(Callback):
         if self.view: self.view.close(trainer)
         self.view = None
 
-# %% ../../nbs/63_training.callbacks.ipynb #e3ffa336
+# %% ../../nbs/63_training.callbacks.ipynb #c2f2bd59
 def answers(model, tokenizer, template,
             conversations:list,     # Lists of messages, each ending where the reply begins
             max_new_tokens:int=100,
@@ -148,7 +148,7 @@ def split_answer(sample:list # Messages that end with the assistant's
 
 def _part(message, key): return message[key] if isinstance(message, dict) else getattr(message, key)
 
-# %% ../../nbs/63_training.callbacks.ipynb #288ca74d
+# %% ../../nbs/63_training.callbacks.ipynb #d42308df
 class _Answering(Callback):
     "What the two callbacks below have in common."
     def __init__(self, tokenizer, template, every, max_new_tokens, batch_size):
@@ -168,7 +168,7 @@ class _Answering(Callback):
         for rank,part in gather_object([(trainer.rank, replies)]): out[rank::trainer.world] = part
         return out
 
-# %% ../../nbs/63_training.callbacks.ipynb #d95a39e4
+# %% ../../nbs/63_training.callbacks.ipynb #994e2119
 class SampleChats(_Answering):
     "Reply to a few prompts at each evaluation, to see what the model has become."
     order = 60
@@ -188,7 +188,7 @@ class SampleChats(_Answering):
         texts = [_part(p[-1], "content") for p in self.prompts]
         trainer.record("chat", prompts=texts, answers=self.ask(trainer, self.prompts))
 
-# %% ../../nbs/63_training.callbacks.ipynb #4a0aecb5
+# %% ../../nbs/63_training.callbacks.ipynb #dd60205d
 class AnswerMetric(_Answering):
     "Score the replies to held-out samples; the numbers join those of the evaluation."
     order = 40
@@ -208,18 +208,19 @@ class AnswerMetric(_Answering):
         self.replies = self.ask(trainer, list(self.questions))
         metrics.update(self.score(self.replies, list(self.expected)))
 
-# %% ../../nbs/63_training.callbacks.ipynb #41b182dd
+# %% ../../nbs/63_training.callbacks.ipynb #850ccd70
 def check_trackers(names:list)->None:
     "Raise where a tracker does not exist, or its package is not there."
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
     there = [str(t) for t in get_available_trackers()]
     for name in names:
-        if name not in LOGGER_TYPE_TO_CLASS: raise unknown_name("tracker", name, LOGGER_TYPE_TO_CLASS)
+        if name not in LOGGER_TYPE_TO_CLASS:
+            raise unknown_name("tracker", name, LOGGER_TYPE_TO_CLASS)
         if name not in there:
             raise FtkitError(f"the package of the tracker {name!r} is not installed",
                              where="train.trackers", fix=f"Run: pip install {name}")
 
-# %% ../../nbs/63_training.callbacks.ipynb #7b4b556b
+# %% ../../nbs/63_training.callbacks.ipynb #8bc2d7d7
 class Trackers(Callback):
     "Send the numbers of the history to experiment trackers, through accelerate."
     order = 15
@@ -252,7 +253,7 @@ class Trackers(Callback):
         for tracker in self.open: tracker.finish()
         self.open = trainer.accelerator.trackers = []
 
-# %% ../../nbs/63_training.callbacks.ipynb #3bd07833
+# %% ../../nbs/63_training.callbacks.ipynb #7432b4af
 def default_callbacks(cfg # A `TrainConfig`; names the trackers
                      )->list:
     "Progress, and the trackers that the settings name."

@@ -6,7 +6,7 @@
 __all__ = ['trainer_tensors', 'restore_tensors', 'save_checkpoint', 'damage', 'checkpoints', 'latest_checkpoint',
            'load_checkpoint', 'prune_checkpoints', 'hold']
 
-# %% ../../nbs/61_training.checkpoint.ipynb #69d460c8
+# %% ../../nbs/61_training.checkpoint.ipynb #22dc2682
 import errno, json, os, re, shutil
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from ..core import FtkitError, new_folder, read_json, say
 
-# %% ../../nbs/61_training.checkpoint.ipynb #db1a1073
+# %% ../../nbs/61_training.checkpoint.ipynb #c4ccd5b1
 def trainer_tensors(model:nn.Module,
                     optimizer,       # A torch optimizer over the model's trainable parameters
                    )->dict:          # Name -> tensor
@@ -29,7 +29,7 @@ def trainer_tensors(model:nn.Module,
             out[f"optimizer.{name}.{key}"] = torch.as_tensor(value)
     return {k: v.detach().to("cpu", copy=True).contiguous() for k,v in out.items()}
 
-# %% ../../nbs/61_training.checkpoint.ipynb #1b89d692
+# %% ../../nbs/61_training.checkpoint.ipynb #4e02eeaf
 def restore_tensors(model:nn.Module,
                     optimizer,
                     state:dict,     # What `trainer_tensors` returned
@@ -54,7 +54,7 @@ def restore_tensors(model:nn.Module,
     numbered = {i: moments[n] for i,n in enumerate(order) if moments[n]}
     optimizer.load_state_dict({**optimizer.state_dict(), "state": numbered})
 
-# %% ../../nbs/61_training.checkpoint.ipynb #b0c50fe1
+# %% ../../nbs/61_training.checkpoint.ipynb #0d8be54d
 def save_checkpoint(work_dir,
                     step:int,     # Steps taken
                     model:nn.Module,
@@ -76,7 +76,7 @@ def save_checkpoint(work_dir,
         (tmp/"trainer/state.json").write_text(text)
     return path
 
-# %% ../../nbs/61_training.checkpoint.ipynb #40201f1f
+# %% ../../nbs/61_training.checkpoint.ipynb #97ff405e
 @contextmanager
 def _full_disk_as_oserror():
     "safetensors reports a full disk in its own way; make it what `new_folder` explains."
@@ -85,7 +85,7 @@ def _full_disk_as_oserror():
         if not (m := re.search(r"os error (\d+)", str(e))): raise
         raise OSError(int(m[1]), os.strerror(int(m[1]))) from e
 
-# %% ../../nbs/61_training.checkpoint.ipynb #ab517eb4
+# %% ../../nbs/61_training.checkpoint.ipynb #7d35745b
 def damage(folder)->str: # None if the checkpoint is complete
     "What is wrong with a checkpoint folder, in a few words."
     folder = Path(folder)
@@ -102,13 +102,13 @@ def damage(folder)->str: # None if the checkpoint is complete
         except SafetensorError: return f"{name} is not a readable safetensors file"
     return None
 
-# %% ../../nbs/61_training.checkpoint.ipynb #7d9f2d80
+# %% ../../nbs/61_training.checkpoint.ipynb #57b5e401
 def checkpoints(work_dir)->list: # Paths, oldest first; complete or not
     "The checkpoint folders of a run, in the order of their steps."
     found = [p for p in Path(work_dir).glob("checkpoint-*") if p.name[11:].isdigit()]
     return sorted(found, key=lambda p: int(p.name[11:]))
 
-# %% ../../nbs/61_training.checkpoint.ipynb #2ece1d8d
+# %% ../../nbs/61_training.checkpoint.ipynb #e5d3edaa
 def latest_checkpoint(work_dir)->Path: # None if there is none
     "The newest checkpoint that is complete."
     for p in reversed(checkpoints(work_dir)):
@@ -116,7 +116,7 @@ def latest_checkpoint(work_dir)->Path: # None if there is none
         say(f"ftkit: passing over {p}: {reason}")
     return None
 
-# %% ../../nbs/61_training.checkpoint.ipynb #4577f45c
+# %% ../../nbs/61_training.checkpoint.ipynb #4f8876c9
 def load_checkpoint(folder,
                     model:nn.Module,
                     optimizer
@@ -131,7 +131,7 @@ def load_checkpoint(folder,
     restore_tensors(model, optimizer, tensors, where=folder)
     return plain,tensors
 
-# %% ../../nbs/61_training.checkpoint.ipynb #f61c9cea
+# %% ../../nbs/61_training.checkpoint.ipynb #ea0e3a17
 def prune_checkpoints(work_dir,
                       keep:int # How many of the newest to keep, at least 1
                      )->list:  # Names of those deleted
@@ -147,7 +147,7 @@ def prune_checkpoints(work_dir,
         shutil.rmtree(gone)
     return [p.name for p in old]
 
-# %% ../../nbs/61_training.checkpoint.ipynb #bda72aa1
+# %% ../../nbs/61_training.checkpoint.ipynb #2f6b347f
 @contextmanager
 def hold(work_dir):
     "Own a work folder: nobody else trains there, and what killed runs left over is removed."
@@ -165,7 +165,7 @@ def hold(work_dir):
         _clear(work_dir)
         yield work_dir
 
-# %% ../../nbs/61_training.checkpoint.ipynb #a54f4199
+# %% ../../nbs/61_training.checkpoint.ipynb #b3a3d6d9
 def _clear(work_dir):
     for p in work_dir.glob(".checkpoint-*"):
         m = re.fullmatch(r"\.(checkpoint-\d+)\.\d+\.(tmp|old)", p.name)

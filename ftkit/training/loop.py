@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Trainer', 'row_length', 'StepBatches']
 
-# %% ../../nbs/62_training.loop.ipynb #f8f9eb1c
+# %% ../../nbs/62_training.loop.ipynb #316b0acc
 import json, math, os, shutil, time, zlib
 from contextlib import ExitStack, closing, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
@@ -26,7 +26,7 @@ from .plan import (Objective, Plan, TrainConfig, ahead, check_weights, deal,
 from .run import (Callback, Interrupted, JsonlLog, Run, SaveCheckpoints,
                                 StopOnSignal, read_log)
 
-# %% ../../nbs/62_training.loop.ipynb #1921e100
+# %% ../../nbs/62_training.loop.ipynb #9671a886
 class Trainer:
     "Trains `model` on `rows` towards `objective`."
     how_to_resume = "Resume with fit(resume='auto'), or with ftkit train … --resume"
@@ -54,7 +54,7 @@ class Trainer:
         self._join()
         self._plan()
 
-# %% ../../nbs/62_training.loop.ipynb #d665044b
+# %% ../../nbs/62_training.loop.ipynb #24618770
 COUNTERS = ("learned", "skipped", "skips_in_a_row", "evaluated")
 
 @patch
@@ -62,8 +62,9 @@ def _join(self:Trainer):
     "Find this process's place among all."
     self.device = next(self.model.parameters()).device
     alone = int(os.environ.get("WORLD_SIZE", 1)) == 1
-    on_cpu = self.device.type == "cpu" and not alone
-    self.accelerator = Accelerator(cpu=on_cpu, device_placement=False)
+    self.accelerator = Accelerator(cpu=self.device.type == "cpu" and not alone,
+                                   device_placement=False, mixed_precision="no")
+    self.accelerator.gradient_accumulation_steps = 1 # both are the loop's own affair
     self.rank,self.world = self.accelerator.process_index,self.accelerator.num_processes
 
 @patch
@@ -80,10 +81,10 @@ def _plan(self:Trainer):
     self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
     self.history,self.pending,self.step = [],[],0
     self.learned = self.skipped = self.skips_in_a_row = 0
-    self.evaluated = self.saved = None
+    self.evaluated = self.saved = self._print = None
     self.should_stop = False # a callback may set it
 
-# %% ../../nbs/62_training.loop.ipynb #9099768a
+# %% ../../nbs/62_training.loop.ipynb #fb3f2d42
 @patch
 def call(self:Trainer, moment:str, *args):
     "Tell all callbacks, in their order."
@@ -98,13 +99,13 @@ def record(self:Trainer, event:str, **values):
     self.history.append(dict(event=event, step=self.step, epoch=epoch, **values))
     self.call("on_record", self.history[-1])
 
-# %% ../../nbs/62_training.loop.ipynb #af578116
+# %% ../../nbs/62_training.loop.ipynb #ac8392a5
 def row_length(row)->int:
     "Tokens of a row, for measuring speed."
     ids = getattr(row, "ids", row)
     return len(ids) if isinstance(ids, (list, tuple, Tensor, np.ndarray)) else 1
 
-# %% ../../nbs/62_training.loop.ipynb #3ad67179
+# %% ../../nbs/62_training.loop.ipynb #da457afb
 @dataclass
 class StepBatches:
     "What one process computes in one step."
@@ -130,7 +131,7 @@ def prepare_step(self:Trainer, step:int)->StepBatches:
         out.tokens += weight*sum(row_length(row) for row in rows)
     return out
 
-# %% ../../nbs/62_training.loop.ipynb #ce77b4df
+# %% ../../nbs/62_training.loop.ipynb #c78834d8
 @patch
 def losses(self:Trainer, model, batch:dict)->tuple: # Sum of losses; metrics; all float32
     "The objective's sums for one batch."
@@ -141,13 +142,13 @@ def losses(self:Trainer, model, batch:dict)->tuple: # Sum of losses; metrics; al
         loss,metrics = self.objective(model, batch)
     return loss.float(),{k: v.float() for k,v in metrics.items()}
 
-# %% ../../nbs/62_training.loop.ipynb #7b5943ab
+# %% ../../nbs/62_training.loop.ipynb #10d46312
 @patch
 def over_ranks(self:Trainer, x:Tensor)->Tensor:
     "The sum of `x` over all processes."
     return x if self.world == 1 else self.accelerator.reduce(x.to(self.device), "sum")
 
-# %% ../../nbs/62_training.loop.ipynb #bb553495
+# %% ../../nbs/62_training.loop.ipynb #efe1a8db
 @patch
 def take_step(self:Trainer, ready:StepBatches):
     "Forward and backward over all batches, then one update of the optimizer."
@@ -169,7 +170,7 @@ def take_step(self:Trainer, ready:StepBatches):
     self.step += 1
     self.pending.append((torch.cat([sums, norm.reshape(1)]), ready.count, ready.tokens))
 
-# %% ../../nbs/62_training.loop.ipynb #7bd99995
+# %% ../../nbs/62_training.loop.ipynb #5ff90733
 @patch
 def check_numbers(self:Trainer,
                   first:int,  # Number of the first of these steps
@@ -190,7 +191,7 @@ def check_numbers(self:Trainer,
                          fix="Try a lower learning rate, a longer warm-up or precision='fp32', "
                              "and look at the rows of this step")
 
-# %% ../../nbs/62_training.loop.ipynb #3bc58f0f
+# %% ../../nbs/62_training.loop.ipynb #ac17a847
 @patch
 def read(self:Trainer):
     "Bring the pending steps' numbers to the CPU, check them, and record their mean."
@@ -209,7 +210,7 @@ def read(self:Trainer):
                 grad_norm=norm[-1].item(), learned=self.learned, skipped=self.skipped,
                 tokens_per_second=round(table[:,-1].sum().item()/max(seconds, 1e-9)))
 
-# %% ../../nbs/62_training.loop.ipynb #876d61cc
+# %% ../../nbs/62_training.loop.ipynb #c615c486
 @patch
 def evaluate(self:Trainer)->dict: # Mean loss and metrics, and what callbacks added
     "Evaluate on `eval_rows`, let callbacks add their own measures, and record the result."
@@ -225,7 +226,7 @@ def evaluate(self:Trainer)->dict: # Mean loss and metrics, and what callbacks ad
     self.evaluated,self.clock = self.step,time.perf_counter()
     return metrics
 
-# %% ../../nbs/62_training.loop.ipynb #356150c5
+# %% ../../nbs/62_training.loop.ipynb #31fe7a44
 @patch
 def mean_losses(self:Trainer, rows)->dict:
     "Mean loss and metrics over rows, with the model as it is."
@@ -239,10 +240,11 @@ def mean_losses(self:Trainer, rows)->dict:
     if not count: raise FtkitError("nothing is learned in any row", where="eval_rows")
     return {k: v/count for k,v in zip(["loss", *metrics], values)}
 
-# %% ../../nbs/62_training.loop.ipynb #11d83572
+# %% ../../nbs/62_training.loop.ipynb #16c77bf0
 @patch
 def fingerprint(self:Trainer)->dict:
     "What has to be the same for a resumed run to be the same run."
+    if self._print: return self._print
     crc,every = 0,max(1, len(self.rows)//1000)
     for row in (self.rows[i] for i in range(0, len(self.rows), every)):
         for values in (getattr(row, "ids", None), getattr(row, "labels", None)):
@@ -254,9 +256,10 @@ def fingerprint(self:Trainer)->dict:
                processes=self.world, precision=self.precision,
                objective=type(self.objective).__name__,
                **{f"optim.{k}": v for k,v in asdict(self.optim).items()})
-    return json.loads(json.dumps(out)) # as it will come back
+    self._print = json.loads(json.dumps(out)) # as it will come back
+    return self._print
 
-# %% ../../nbs/62_training.loop.ipynb #f79e4589
+# %% ../../nbs/62_training.loop.ipynb #2239eb7b
 @patch
 def checkpoint(self:Trainer)->Path: # None without a work_dir
     "Save now, unless this step is saved already."
@@ -277,7 +280,7 @@ def checkpoint(self:Trainer)->Path: # None without a work_dir
     self.call("after_save", path)
     return path
 
-# %% ../../nbs/62_training.loop.ipynb #14d7aa9e
+# %% ../../nbs/62_training.loop.ipynb #8ae8eb94
 @patch
 def restore(self:Trainer, folder):
     "Go on from a checkpoint: weights, optimizer, generators, scaler, counters and history."
@@ -295,7 +298,7 @@ def restore(self:Trainer, folder):
     set_rng_state(plain["rng"][self.rank], rng)
     self.history = read_log(Path(folder).parent/"log.jsonl", up_to=self.step)
 
-# %% ../../nbs/62_training.loop.ipynb #4d42d7ee
+# %% ../../nbs/62_training.loop.ipynb #b2484ae7
 @patch
 def start(self:Trainer, resume):
     "Find the checkpoint to go on from and restore it, or start afresh."
@@ -314,7 +317,7 @@ def start(self:Trainer, resume):
                              "another work_dir, or set train.overwrite=True")
     for p in old if is_main() else []: shutil.rmtree(p)
 
-# %% ../../nbs/62_training.loop.ipynb #8df63560
+# %% ../../nbs/62_training.loop.ipynb #10250445
 @patch
 @contextmanager
 def training_mode(self:Trainer):
@@ -332,7 +335,7 @@ def training_mode(self:Trainer):
             self.accelerator.free_memory()
             self.model.eval()
 
-# %% ../../nbs/62_training.loop.ipynb #f70fbb41
+# %% ../../nbs/62_training.loop.ipynb #26c4c07e
 @contextmanager
 def _recompute(model):
     "Gradient checkpointing, by either of the names that transformers gave it."
@@ -345,7 +348,7 @@ def _recompute(model):
     try: yield
     finally: getattr(model, f"{name}_disable")()
 
-# %% ../../nbs/62_training.loop.ipynb #d56ea9c2
+# %% ../../nbs/62_training.loop.ipynb #74989251
 @patch
 def fit(self:Trainer,
         resume=None # None: afresh; "auto": the newest checkpoint if there is one; or a folder
@@ -371,7 +374,7 @@ def fit(self:Trainer,
         self.call("after_fit")
     return Run(self.history, self.work_dir, self.model)
 
-# %% ../../nbs/62_training.loop.ipynb #d536c557
+# %% ../../nbs/62_training.loop.ipynb #f000e99a
 @patch
 def report(self:Trainer):
     "What is due after a step."

@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['SHAPES', 'FUSED', 'OptimConfig', 'learning_rate', 'decay_groups', 'build_optimizer', 'build_schedule']
 
-# %% ../../nbs/60_training.optim.ipynb #a432efa4
+# %% ../../nbs/60_training.optim.ipynb #dc541be4
 import math
 from dataclasses import dataclass
 import torch
 from torch import nn
 from ..core import FtkitError, unknown_name
 
-# %% ../../nbs/60_training.optim.ipynb #c8df8994
+# %% ../../nbs/60_training.optim.ipynb #90029907
 @dataclass
 class OptimConfig:
     "What the optimizer and its schedule need to know."
@@ -35,12 +35,12 @@ class OptimConfig:
             raise FtkitError(f"must be {span}, but is {value}", where=f"optim.{name}")
         return self
 
-# %% ../../nbs/60_training.optim.ipynb #f7790507
+# %% ../../nbs/60_training.optim.ipynb #724aedbd
 SHAPES = {"cosine":   lambda x: (1 + math.cos(math.pi*x))/2,
           "linear":   lambda x: 1 - x,
           "constant": lambda x: 1.}
 
-# %% ../../nbs/60_training.optim.ipynb #12ca635a
+# %% ../../nbs/60_training.optim.ipynb #ff541339
 def learning_rate(cfg:OptimConfig,
                   step:int,       # Steps already taken: 0 for the first step
                   total_steps:int # Steps of the whole run
@@ -51,7 +51,7 @@ def learning_rate(cfg:OptimConfig,
     x = (step - warmup)/max(1, total_steps - warmup)
     return cfg.min_lr_ratio + (1 - cfg.min_lr_ratio)*SHAPES[cfg.schedule](min(1., x))
 
-# %% ../../nbs/60_training.optim.ipynb #d1fcd772
+# %% ../../nbs/60_training.optim.ipynb #7db514ab
 def decay_groups(model:nn.Module)->tuple: # Names with decay, names without
     "Names of trainable parameters: matrices, and what should not be pulled towards zero."
     tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
@@ -59,7 +59,7 @@ def decay_groups(model:nn.Module)->tuple: # Names with decay, names without
     decays = [n for n,p in trainable if p.ndim >= 2 and id(p) not in tables]
     return decays,[n for n,p in trainable if n not in set(decays)]
 
-# %% ../../nbs/60_training.optim.ipynb #792a0edb
+# %% ../../nbs/60_training.optim.ipynb #686d55d7
 FUSED = {"cuda", "cpu"} # Devices with a fused AdamW kernel in every torch that ftkit supports
 
 def build_optimizer(model:nn.Module,
@@ -76,7 +76,7 @@ def build_optimizer(model:nn.Module,
     fused = {p.device.type for p in named.values()} <= FUSED
     return torch.optim.AdamW(groups, lr=cfg.lr, betas=tuple(cfg.betas), eps=cfg.eps, fused=fused)
 
-# %% ../../nbs/60_training.optim.ipynb #eeb4667f
+# %% ../../nbs/60_training.optim.ipynb #0e933e9b
 def build_schedule(optimizer,
                    cfg:OptimConfig,
                    total_steps:int # Steps of the whole run

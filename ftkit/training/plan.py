@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TrainConfig', 'deal', 'Plan', 'Objective', 'pick_precision', 'check_weights', 'ahead']
 
-# %% ../../nbs/58_training.plan.ipynb #5e3c6743
+# %% ../../nbs/58_training.plan.ipynb #3223791e
 import math
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
@@ -15,10 +15,10 @@ import torch
 from torch import nn
 from ..core import FtkitError, pick_dtype, say, unknown_name
 
-# %% ../../nbs/58_training.plan.ipynb #96b63aae
+# %% ../../nbs/58_training.plan.ipynb #ea96abae
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 
-# %% ../../nbs/58_training.plan.ipynb #b0bd7229
+# %% ../../nbs/58_training.plan.ipynb #73655886
 @dataclass
 class TrainConfig:
     "How a run goes: how long, in which portions and precision, and how often it reports and saves."
@@ -52,7 +52,7 @@ class TrainConfig:
         if (value is None and optional) or (isinstance(value, int) and value >= 1): return
         raise FtkitError(f"must be a whole number of at least 1, but is {value!r}", f"train.{name}")
 
-# %% ../../nbs/58_training.plan.ipynb #82412f2e
+# %% ../../nbs/58_training.plan.ipynb #4b586054
 def deal(rows:list,      # What to share out
          batch_size:int, # How many of them make a batch
          rank:int,       # Which process is asking
@@ -64,7 +64,7 @@ def deal(rows:list,      # What to share out
     return [(batches[i], 1) if i < len(batches) else (batches[0], 0)
             for i in range(rank, turns, world)]
 
-# %% ../../nbs/58_training.plan.ipynb #ef341dbd
+# %% ../../nbs/58_training.plan.ipynb #ef4d2038
 @dataclass
 class Plan:
     "Which rows each process takes in each step; a function of the step's number alone."
@@ -91,7 +91,7 @@ class Plan:
         rows = self.order(epoch)[i*self.portion:(i + 1)*self.portion]
         return deal(rows.tolist(), self.batch_size, rank, self.world)
 
-# %% ../../nbs/58_training.plan.ipynb #352968e8
+# %% ../../nbs/58_training.plan.ipynb #f4423678
 class Objective:
     "What is learned: a sum of losses over counted terms."
     def prepare(self, batch:dict)->dict:
@@ -106,7 +106,7 @@ class Objective:
         "The losses of a batch, summed over its terms."
         raise NotImplementedError
 
-# %% ../../nbs/58_training.plan.ipynb #84e2eeeb
+# %% ../../nbs/58_training.plan.ipynb #05a3859b
 def pick_precision(precision:str, # "auto", "fp32", "bf16" or "fp16"
                    device:torch.device
                   )->str:         # "fp32", "bf16" or "fp16"
@@ -115,7 +115,7 @@ def pick_precision(precision:str, # "auto", "fp32", "bf16" or "fp16"
     if pick_dtype("auto", device) == torch.bfloat16: return "bf16"
     return "fp16" if device.type == "cuda" else "fp32"
 
-# %% ../../nbs/58_training.plan.ipynb #ef3a5260
+# %% ../../nbs/58_training.plan.ipynb #e48c8801
 def check_weights(model:nn.Module,
                   precision:str # The one picked
                  )->None:
@@ -129,7 +129,7 @@ def check_weights(model:nn.Module,
         say("ftkit: some trainable weights are bfloat16 and will miss small updates; "
             "load the model with dtype='fp32' to keep them")
 
-# %% ../../nbs/58_training.plan.ipynb #a94b9b7f
+# %% ../../nbs/58_training.plan.ipynb #1b249adc
 def ahead(make,  # Function to call for each item
           items, # Iterable
           n:int  # How many results may be ready before they are asked for; 0 for no thread

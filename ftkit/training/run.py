@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['Callback', 'JsonlLog', 'read_log', 'SaveCheckpoints', 'Interrupted', 'StopOnSignal', 'Run', 'loss_svg']
 
-# %% ../../nbs/59_training.run.ipynb #15624ed6
+# %% ../../nbs/59_training.run.ipynb #4d5601bd
 import html, json, math, signal, threading
 from dataclasses import dataclass, field
 from pathlib import Path
 from fastcore.basics import patch
 from ..core import FtkitError, is_main, say, write_file
 
-# %% ../../nbs/59_training.run.ipynb #4f3dd7ec
+# %% ../../nbs/59_training.run.ipynb #ee85044c
 class Callback:
     "Something that happens beside the training; every method gets the trainer."
     order = 50 # Lower comes first
@@ -26,7 +26,7 @@ class Callback:
     def after_fit(self, trainer): "All steps are done."
     def on_stop(self, trainer): "The run ends, in whichever way: close what is open."
 
-# %% ../../nbs/59_training.run.ipynb #23da332a
+# %% ../../nbs/59_training.run.ipynb #311bb484
 class JsonlLog(Callback):
     "Keep `log.jsonl` in the work folder: one line for each entry of the history."
     order,file = 10,None
@@ -43,7 +43,7 @@ class JsonlLog(Callback):
             raise FtkitError(f"cannot write the log: {e.strerror}", where=self.file,
                              fix="Make room, then resume") from e
 
-# %% ../../nbs/59_training.run.ipynb #21f1854c
+# %% ../../nbs/59_training.run.ipynb #820aca7b
 def read_log(file,
              up_to:int=None # Last step to take entries of; None for all
             )->list:        # The entries as dictionaries
@@ -54,7 +54,7 @@ def read_log(file,
         except json.JSONDecodeError: break
     return [r for r in records if up_to is None or r["step"] <= up_to]
 
-# %% ../../nbs/59_training.run.ipynb #ac4fb963
+# %% ../../nbs/59_training.run.ipynb #c9fdbf7a
 class SaveCheckpoints(Callback):
     "Save every `save_every` steps, and at the end."
     order = 90
@@ -64,14 +64,14 @@ class SaveCheckpoints(Callback):
 
     def after_fit(self, trainer): trainer.checkpoint()
 
-# %% ../../nbs/59_training.run.ipynb #1727f63a
+# %% ../../nbs/59_training.run.ipynb #b941d8ce
 class Interrupted(FtkitError):
     "Training was stopped by a signal, after a finished step."
     def __init__(self, problem, where=None, fix=None, signum:int=signal.SIGINT):
         super().__init__(problem, where, fix)
         self.signum = int(signum)
 
-# %% ../../nbs/59_training.run.ipynb #798d6e77
+# %% ../../nbs/59_training.run.ipynb #df6bbbc4
 class StopOnSignal(Callback):
     "On SIGINT or SIGTERM finish the step, save, raise `Interrupted`; a second signal ends at once."
     order,signum = 100,0
@@ -99,10 +99,10 @@ class StopOnSignal(Callback):
     def on_stop(self, trainer):
         while self.old: signal.signal(*self.old.popitem())
 
-# %% ../../nbs/59_training.run.ipynb #2c84888b
+# %% ../../nbs/59_training.run.ipynb #76240cf9
 BESIDE = {"event", "step", "epoch", "lr", "grad_norm", "learned", "skipped", "tokens_per_second"}
 
-# %% ../../nbs/59_training.run.ipynb #c846a157
+# %% ../../nbs/59_training.run.ipynb #48c520e7
 @dataclass
 class Run:
     "What a training run leaves behind; a notebook shows it as a loss curve."
@@ -133,7 +133,7 @@ class Run:
         changes = (f"{k} {a:.3f} -> {b:.3f}" for k,(a,b) in self.numbers().items())
         return f"Run({steps[-1] if steps else 0} steps; {', '.join(changes) or 'nothing logged'})"
 
-# %% ../../nbs/59_training.run.ipynb #65f33ed1
+# %% ../../nbs/59_training.run.ipynb #5d23835a
 def _thin(xs, ys, most=300):
     "At most `most` points: the means of equal runs of neighbours."
     n = -(-len(xs)//most) or 1
@@ -147,7 +147,7 @@ def _ticks(low, high):
     step *= next(f for f in (1, 2, 5, 10) if (high - low)/(step*f) <= 5)
     return [i*step for i in range(math.ceil(low/step - 1e-9), math.floor(high/step + 1e-9) + 1)]
 
-# %% ../../nbs/59_training.run.ipynb #40f17acc
+# %% ../../nbs/59_training.run.ipynb #1b81cc29
 def loss_svg(run:Run,
              width:int=560, height:int=200
             )->str:         # An <svg> element; empty if there is nothing to draw
@@ -172,7 +172,7 @@ def loss_svg(run:Run,
     out += ['<circle cx="{:.1f}" cy="{:.1f}" r="3" fill="#e4572e"/>'.format(*at(*p)) for p in evals]
     return "".join(out) + "</svg>"
 
-# %% ../../nbs/59_training.run.ipynb #ce4ed8de
+# %% ../../nbs/59_training.run.ipynb #690a48c0
 @patch
 def _repr_html_(self:Run)->str:
     "The loss curve, and the first and last value of each number."
@@ -182,7 +182,7 @@ def _repr_html_(self:Run)->str:
     head = f"<tr><th></th><th>first</th><th>after {steps[-1] if steps else 0} steps</th></tr>"
     return f'<div>{loss_svg(self)}<table>{head}{rows}</table></div>'
 
-# %% ../../nbs/59_training.run.ipynb #cd584591
+# %% ../../nbs/59_training.run.ipynb #18217004
 @patch
 def plot(self:Run):
     "A matplotlib figure: loss, and every metric of the evaluations."
