@@ -131,13 +131,10 @@ def say_once(cells):
         while first and shown_name(cells[first - 1]) in names: first -= 1
         while last + 1 < len(cells) and shown_name(cells[last + 1]) in names: last += 1
         for c in cells[first:i] + cells[i + 1:last + 1]: about[shown_name(c)] = c
-        names = [n for n in names if n in about]
-        if not names: continue
         for c in about.values(): c.update(source="", outputs=[], shown=c["outputs"])
-        names = [n for n in names if not n.rpartition(".")[2].startswith("_")]
-        if not names:
-            cells[i] = dict(cell, source=code)
-            continue
+        names = [n for n in names if n in about and not n.rpartition(".")[2].startswith("_")]
+        cells[i] = code_cell = dict(cell, source=code)
+        if not names: continue
         shown = about[names[0]]["shown"][0]["data"]["text/markdown"]
         link = re.search(r"\[source\].*", "".join(shown))
         owner = names[0].rpartition(".")[0] + "."
@@ -146,9 +143,7 @@ def say_once(cells):
         anchors = "".join(f"[]{{#{n.lower()}}}" for n in names[1:])
         head = f"{anchors}{link[0] if link else ''}\n\n### {title} {{#{names[0].lower()}}}"
         cells[first] = dict(cells[first], cell_type="markdown", source=head)
-        code_cell = dict(cell, source=code)
         if first == i: cells.insert(i + 1, code_cell)
-        else: cells[i] = code_cell
     return cells
 
 
