@@ -167,8 +167,11 @@ def loss_svg(run:Run,
                 f'<text x="44" y="{h + 4:.1f}" text-anchor="end">{y:g}</text>']
     out += [f'<text x="{at(x, y0)[0]:.1f}" y="{height - 12}" text-anchor="middle">{x:g}</text>'
             for x in _ticks(x0, x1) if x == int(x)]
-    out += [f'<polyline points="{line(ps)}" fill="none" stroke="{colour}" stroke-width="1.5"/>'
-            for ps,colour in ((train, "#4c78a8"), (evals, "#e4572e"))]
+    curves = (train, "#4c78a8", "training", 20), (evals, "#e4572e", "evaluation", 34)
+    for ps,colour,name,y in curves:
+        if not ps: continue
+        out += [f'<polyline points="{line(ps)}" fill="none" stroke="{colour}" stroke-width="1.5"/>',
+                f'<text x="{width - 12}" y="{y}" text-anchor="end" fill="{colour}">{name}</text>']
     out += ['<circle cx="{:.1f}" cy="{:.1f}" r="3" fill="#e4572e"/>'.format(*at(*p)) for p in evals]
     return "".join(out) + "</svg>"
 
