@@ -351,6 +351,7 @@ def _turn(talk, typed):
     "Read and act once; False for leaving."
     try:
         found = _read_message(">>> " if typed else "")
+        if typed and found is None: print()
         return found is not None and _act(talk, *found)
     except KeyboardInterrupt:
         if not typed: raise
