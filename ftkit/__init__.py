@@ -1,2 +1,54 @@
-"ftkit: fine-tune large language models."
+"ftkit: fine-tune large language models. Each name is imported when it is first used, so `import ftkit` costs nothing."
+import importlib, sys, types
+
 __version__ = "0.1.0"
+
+_ROOMS = {  # module → the names of its that stand on the public face
+    "core": "FtkitError unknown_name pick_device pick_dtype seed_everything say is_main in_notebook write_file",
+    "nano.colors": "color_rows parse_color ciede2000 score_colors baselines swatches",
+    "nano.base": "nano_path nano_config",
+    "lora.layers": "LoraLinear",
+    "lora.inject": "LoraConfig add_lora lora_layers lora_disabled count_parameters merge_lora unmerge_lora unload_lora",
+    "lora.io": "save_adapter load_adapter adapter_config",
+    "data.templates": "Message Template Rendered template template_names",
+    "data.formats": "Rows read_rows layouts find_layout to_messages",
+    "data.encode": "Encoded EncodeReport encode encode_prompt encode_all IGNORE",
+    "data.packing": "pack make_rows collate",
+    "data.preview": "preview",
+    "data.dataset": "DataConfig TuningData load_data",
+    "models.load": "ModelConfig resolve load_model load_tokenizer load_template save_model",
+    "generate": "generate Chat load_chat chat",
+    "training.optim": "OptimConfig build_optimizer build_schedule",
+    "training.plan": "TrainConfig Objective",
+    "training.run": "Callback JsonlLog SaveCheckpoints StopOnSignal Interrupted Run read_log",
+    "training.checkpoint": "latest_checkpoint load_checkpoint",
+    "training.loop": "Trainer",
+    "training.callbacks": "Progress Trackers SampleChats AnswerMetric split_answer",
+    "sft": "SupervisedTuning PreTraining",
+    "evaluate": "Scores metric compare",
+    "convert": "merge pth_to_hf",
+    "recipes": "Recipe recipe list_recipes copy_recipe load_recipe train test",
+    "cli": "log_dataset check_custom_dataset list_dataset_format",
+}
+_HOME = {name: f"ftkit.{module}" for module,names in _ROOMS.items() for name in names.split()}
+__all__ = sorted(_HOME)
+
+
+class _Face(types.ModuleType):
+    "The package itself. Where a module and a function share a name (`generate`), the function is what `ftkit.` shows."
+    def __setattr__(self, name, value):
+        if name in _HOME and isinstance(value, types.ModuleType): return  # `from ftkit.generate import …` still works
+        super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Face
+
+
+def __getattr__(name):
+    if name not in _HOME: raise AttributeError(f"module 'ftkit' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOME[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__(): return sorted([*globals(), *_HOME])
