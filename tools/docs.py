@@ -6,7 +6,7 @@
 nbdev prepares the pages as it does for Quarto: tables of arguments, links on names, hidden cells.
 Broken links, pages that _quarto.yml lists in vain and an old README.md are errors.
 """
-import argparse, ast, html, json, os, re, shutil, subprocess, sys, time
+import argparse, ast, base64, hashlib, html, json, os, re, shutil, subprocess, sys, time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -29,6 +29,8 @@ class Page:
     title: str
     description: str
     markdown: str
+    pictures: dict     # Name of a file → its bytes
+    lead: str = ""
     body: str = ""
     toc: str = ""
 
@@ -55,13 +57,16 @@ def fence(text, kind):
 
 
 def image(data, meta, opts):
-    "A picture inside the page; with a caption it becomes a figure."
+    "A picture in a file of its own; with a caption it becomes a figure."
+    data = base64.b64decode(data)
+    file = f"{hashlib.sha256(data).hexdigest()[:16]}.png"
+    opts["pictures"][file] = data
     caption, name = opts.get("fig-cap", ""), opts.get("label", "")
     alt = opts.get("fig-alt") or caption or "What the code above draws"
     width = f" width={meta['width']}px" if "width" in meta else ""
     alt = alt.replace('"', "'")
     attributes = f'{{{"#" + name if name else ""} .figure-img fig-alt="{alt}"{width}}}'
-    return f"![{caption}](data:image/png;base64,{data.strip()}){attributes}"
+    return f"![{caption}]({opts['up']}figures/{file}){attributes}"
 
 
 def output_markdown(out, opts):
@@ -85,8 +90,8 @@ def output_markdown(out, opts):
     return box.format("display", inner)
 
 
-def cell_markdown(cell):
-    "One cell with its outputs."
+def cell_markdown(cell, up, pictures):
+    "One cell with its outputs; its pictures are put into `pictures`, by the names of their files."
     source = "".join(cell.get("source") or "")
     if cell["cell_type"] == "markdown": return "" if source.startswith("<!-- WARNING") else source
     if cell["cell_type"] != "code" or not (source or cell.get("outputs")): return ""
@@ -101,6 +106,7 @@ def cell_markdown(cell):
             block = f'<details class="code-fold"{state}>\n{summary}\n\n{block}\n\n</details>'
         blocks.append(block)
     if opts.get("output") != "false":
+        opts.update(up=up, pictures=pictures)
         blocks += [output_markdown(o, opts) for o in cell.get("outputs", [])]
     return "\n\n".join(b for b in blocks if b)
 
@@ -165,8 +171,11 @@ def processed(path):
         if cell["cell_type"] == "raw" and found: front.update(yaml.safe_load(found[1]) or {})
     name = path.relative_to(NBS).as_posix()
     href = (path.relative_to(NBS).parent/front.get("output-file", path.stem + ".html")).as_posix()
-    text = "\n\n".join(filter(None, map(cell_markdown, say_once(cells))))
-    return name, href, front.get("title", path.stem), front.get("description") or "", text
+    up, pictures = "../"*href.count("/"), {}
+    parts = [cell_markdown(c, up, pictures) for c in say_once(cells)]
+    text = "\n\n".join(filter(None, parts))
+    title = front.get("title", path.stem)
+    return name, href, title, front.get("description") or "", text, pictures
 
 
 def use_this_index():
@@ -189,10 +198,12 @@ def pandoc(text, *args):
 
 
 def render(page):
-    "Fill in the page's body and table of contents."
-    out, complaints = pandoc(page.markdown, "--standalone", "--toc", "--toc-depth=3",
+    "Fill in the page's lead, body and table of contents."
+    text = f"{page.description}\n\n<!-- text -->\n\n{page.markdown}"
+    out, complaints = pandoc(text, "--standalone", "--toc", "--toc-depth=3",
                              f"--template={SITE/'body.html'}", f"--lua-filter={SITE/'quarto.lua'}")
-    page.toc, _, page.body = out.partition("<!-- body -->")
+    page.toc, _, body = out.partition("<!-- body -->")
+    page.lead, _, page.body = body.partition("<!-- text -->")
     lines = [x for x in complaints.splitlines() if x.strip() and "Duplicate identifier" not in x]
     return [f"{page.name}: {line}" for line in lines]  # of duplicates, check_links knows better
 
@@ -292,7 +303,7 @@ def assemble(page, pages, site, template):
     values = dict(
         title=plain(page.title), site=plain(site["title"]), repo=site["repo-url"], source=source,
         description=html.escape(page.description),
-        lead=pandoc(page.description)[0] if page.description else "", up=page.up, body=page.body,
+        lead=page.lead, up=page.up, body=page.body,
         toc=page.toc if page.toc.strip() else "", navbar=navbar(site, pages, page),
         sidebar=sidebar(site, pages, page), neighbours=neighbours(site, pages, page),
         footer=html.escape(site.get("page-footer", {}).get("left", "")))
@@ -412,6 +423,9 @@ def copy_files(pages):
             if any(x[0] in "_." for x in inside.parts): continue
             (OUT/inside).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(path, OUT/inside)
+    (OUT/"figures").mkdir()
+    for page in pages.values():
+        for name, data in page.pictures.items(): (OUT/"figures"/name).write_bytes(data)
     (OUT/"site").mkdir()
     for name in "site.css", "site.js": shutil.copy(SITE/name, OUT/"site")
     (OUT/".nojekyll").touch()
