@@ -191,6 +191,7 @@ BREAK = {
     "upward": (more("from ftkit.two import fourfold"), "imports ftkit.two, a higher"),
     "late directive": (more("import os\n#| export\nx = 1"), "nbdev overlooks '#| export'"),
     "docstring": (more("#| export\ndef bare(): return 1"), "bare has no docstring"),
+    "patched with /": (more("#| exporti\n@patch\ndef f(self:int, /): return 1"), "nbdev cannot read"),
     "long code": (more(f"assert {'1 + '*30}1"), "lines of code over 100"),
     "not Python": (more("import import"), "is not valid Python"),
     "no title": (title("One"), "must start with '# Title'"),

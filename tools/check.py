@@ -93,9 +93,14 @@ class Page:
 
 def is_public(node):
     "Whether a statement defines a name that `import *` gives (a patched method is none)."
-    if not isinstance(node, (ast.FunctionDef, ast.ClassDef, ast.AsyncFunctionDef)): return False
-    patched = any("patch" in ast.unparse(d) for d in node.decorator_list)
-    return node.name[0] != "_" and not patched
+    kinds = ast.FunctionDef, ast.ClassDef, ast.AsyncFunctionDef
+    return isinstance(node, kinds) and node.name[0] != "_" and not is_patched(node)
+
+
+def is_patched(node):
+    "Whether a function becomes a method of a class by `@patch`."
+    marks = node.decorator_list if isinstance(node, ast.FunctionDef) else []
+    return any(ast.unparse(d).startswith("patch") for d in marks)
 
 
 def is_import(node): return isinstance(node, (ast.Import, ast.ImportFrom))
@@ -238,6 +243,10 @@ def check_cells(page):
         if cell.public:
             problems += [Problem(page.at(cell), f"{n.name} has no docstring") for n in tree.body
                          if is_public(n) and not ast.get_docstring(n)]
+        for node in tree.body:
+            if is_patched(node) and cell.exported and node.args.posonlyargs:
+                what = f"nbdev cannot read '/' in the arguments of {node.name}, which is patched in"
+                problems.append(Problem(page.at(cell), what))
         problems += check_code(page, cell, tree)
     if long:
         cells = ", ".join(str(n) for n in dict.fromkeys(n for n, _ in long))
@@ -282,6 +291,11 @@ def check_rhythm(page):
         if idea: last = cell
         elif not cell.exported: last = None
     if page.number is not None: problems += check_proportions(page, shown)
+    for cell, after in zip(page.cells, page.cells[1:]):
+        unseen = after.kind == "code" and after.directives.keys() & (HIDDEN | {"exporti"})
+        if cell.kind == "markdown" and cell.source.rstrip().endswith(":") and unseen:
+            what = f"ends with a colon, but cell {after.number} is hidden on the page"
+            problems.append(warning(page.at(cell), what))
     for cell in prose:
         long = [x for x in cell.lines if len(x) > PROSE and not LONG_PROSE.search(x)]
         if long:
