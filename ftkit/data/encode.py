@@ -137,13 +137,15 @@ def _fit(encoded:Encoded, runs:list, max_length, tokenizer)->Encoded:
     keep,ids,labels = 0,encoded.ids,encoded.labels
     for start,end in runs:
         if end <= max_length: keep = end
-        elif start < max_length - 1:
-            k = max_length - 1
-            while k > start + 1 and _open(ids[max(start, k - 8):k], tokenizer): k -= 1
+        elif k := _whole(ids, start, max_length - 1, tokenizer):
             return Encoded(ids[:k] + [ids[end-1]], labels[:k] + [labels[end-1]])
     return Encoded(ids[:keep], labels[:keep])
 
-def _open(ids, tokenizer): return tokenizer.decode(ids).endswith("\ufffd") # inside a character
+def _whole(ids, start, stop, tokenizer):
+    "The last place from `stop` down to `start` that is not inside a character; 0 if there is none."
+    for k in range(stop, max(start, stop - 4), -1): # a character has at most four bytes
+        if not tokenizer.decode(ids[start:k]).endswith("\ufffd"): return k
+    return stop if stop - 4 >= start else 0         # so this text really holds that sign
 
 # %% ../../nbs/32_data.encode.ipynb #69679d74
 _encoders = WeakKeyDictionary()
@@ -156,7 +158,7 @@ def _encoder(t:Template, tokenizer)->_Encoder:
 def _why_masked(r:Rendered, runs, max_length)->FtkitError:
     if not r.replies: problem,fix = "there is no reply to learn from",None
     elif not r.spans: problem,fix = "every reply has loss=False",None
-    elif runs and max_length and runs[0][0] >= max_length - 1:
+    elif runs and max_length and runs[0][1] > max_length:
         problem = (f"the text before the first reply takes {runs[0][0]} of max_length={max_length} "
                    "tokens, so no reply fits")
         fix = "Raise max_length"
