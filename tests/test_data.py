@@ -2,7 +2,9 @@
 import contextlib
 import io
 import json
+import re
 import time
+from html import escape
 from pathlib import Path
 import pytest
 import torch
@@ -91,6 +93,18 @@ def test_prompt_ids_are_the_beginning_of_training_ids(messages):
             if m["role"] != "assistant": continue
             prompt = encode_prompt(messages[:i], t, tok)        # `loss` must not change the ids
             assert ids[:len(prompt)] == prompt == encode_prompt(unmarked[:i], t, tok)
+
+
+def test_loss_does_not_change_the_ids():
+    tok = byte_level(texts=["<|Bot|>:-)"]*9)        # joins the end of the prompt with this reply
+    assert len(tok("<|Bot|>:-)").input_ids) < len(tok("<|Bot|>:").input_ids + tok("-)").input_ids)
+    for name in "default", "qwen_chat":
+        talk = [dict(m, loss=None) for m in turns("a", "-)", "b", "-)")]
+        unlearned = [talk[0], dict(talk[1], loss=False), *talk[2:]]
+        a, b = (encode(m, template(name), tok) for m in (talk, unlearned))
+        assert a.ids == b.ids and a.labels != b.labels
+        prompt = encode_prompt(unlearned[:3], template(name), tok)
+        assert prompt == encode_prompt(talk[:3], template(name), tok) == a.ids[:len(prompt)]
 
 
 @settings(max_examples=40, deadline=None)
@@ -188,6 +202,15 @@ def test_preview_shows_all_of_the_text(messages):
         assert "<script" not in html and html.count("<span") == html.count("</span>")
 
 
+def test_preview_runs_nothing():
+    evil = "<script>alert(1)</script><img src=x onerror=alert(2)>\x1b[2J"
+    view = preview(turns(evil, evil), NANO, template("default"))
+    html = view._repr_html_()
+    assert set(re.findall(r"<(/?\w+)", html)) == {"div", "/div", "span", "/span"}
+    assert "".join(re.findall(r">([^<]*)</span>", html)).count(escape("<script>alert(1)")) == 2
+    assert "\x1b" not in html + str(view) + view.__rich__().plain
+
+
 def test_speed():
     "5,000 short samples a second were asked for; a machine that is busy gets some slack."
     samples = [turns(f"Name colour {i}", f"#{i:06x}") for i in range(6000)]
@@ -211,6 +234,25 @@ def test_pack_keeps_samples_whole(lengths, extra):
     used = [sum(lengths[i] for i in r) for r in rows]
     assert all(u <= room for u in used) and rows == pack(lengths, room)
     assert sum(2*u <= room for u in used) <= 1          # two half-empty rows would have been one
+
+
+@settings(max_examples=40, deadline=None)
+@given(lengths=st.lists(st.integers(1, 9), min_size=1, max_size=20))
+def test_rows(lengths):
+    samples = [Encoded([100*k + i for i in range(n)], [100*k + i for i in range(n)])
+               for k, n in enumerate(lengths, 1)]
+    found = []
+    for row in make_rows(samples, 12):
+        assert len(row.ids) == len(row.labels) == len(row.positions) == row.starts[-1] <= 12
+        for a, b in zip(row.starts, row.starts[1:]):
+            assert row.positions[a:b] == list(range(b - a))
+            assert row.labels[a:b] == [IGNORE, *row.ids[a + 1:b]]
+            found.append(row.ids[a:b])
+    assert sorted(found) == [s.ids for s in samples]
+    batch = collate(make_rows(samples, 12), 7, torch.bool)
+    learned = (batch["labels"] != IGNORE).sum().item()
+    assert learned == sum(lengths) - len(lengths) == sum(s.learned for s in samples)
+    assert batch["attention_mask"].diagonal(dim1=2, dim2=3).all()  # nobody sees nothing
 
 
 @pytest.mark.parametrize("attn,mask", [("sdpa", torch.float32), ("sdpa", torch.bool),

@@ -16,14 +16,14 @@ NAMED = ["default", "qwen_chat", "internlm2_chat"]
 SPECIAL = ["<pad>", "<s>", "</s>", "<|im_start|>", "<|im_end|>"]
 
 
-def byte_level(special=SPECIAL, chat_template=None, **kwargs):
+def byte_level(special=SPECIAL, chat_template=None, texts=(), **kwargs):
     "A tokenizer of bytes and a few merges."
     tok = Tokenizer(models.BPE())
     tok.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tok.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=list(special), show_progress=False,
                                   initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()))
-    tok.train_from_iterator(["the sky is blue", "user assistant system"], trainer)
+    tok.train_from_iterator(["the sky is blue", "user assistant system", *texts], trainer)
     names = {k: v for k, v in dict(bos_token="<s>", eos_token="</s>",
                                    pad_token="<pad>").items() if v in special}
     out = PreTrainedTokenizerFast(tokenizer_object=tok, **{**names, **kwargs})
