@@ -25,7 +25,7 @@ MARKS = {"export", "exports", "exporti", "hide", "default_exp", "eval", "cuda", 
 HIDDEN = {"hide", "default_exp"}
 DIRECTIVE = re.compile(r"\s*#\s*\|\s*([\w-]+:?)\s*(.*)")
 PLACE = re.compile(r"(?<![\w.:/])/(?:root|home|Users|tmp|private|var/folders|opt|mnt)/\S*")
-LONG_PROSE = re.compile(r"https?://|^\||^\s*<")
+LONG_PROSE = re.compile(r"https?://|^\||^\s*<|^!\[")
 ADDRESS = re.compile(r"\b0x[0-9a-f]{8,}")
 
 
