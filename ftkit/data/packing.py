@@ -5,15 +5,16 @@
 # %% auto #0
 __all__ = ['pack', 'Row', 'make_rows', 'block_causal', 'collate']
 
-# %% ../../nbs/33_data.packing.ipynb #2a1704ed
+# %% ../../nbs/33_data.packing.ipynb #fefef9b1
 from bisect import bisect_left, insort
 from dataclasses import dataclass
+import numpy as np
 import torch
 from torch import Tensor
 from ..core import FtkitError
 from .encode import IGNORE, Encoded
 
-# %% ../../nbs/33_data.packing.ipynb #3ac9ce27
+# %% ../../nbs/33_data.packing.ipynb #1f3e910e
 def pack(lengths:list,   # Lengths of the samples
          max_length:int  # Room in a row
         )->list:         # For each row, the numbers of its samples
@@ -37,7 +38,7 @@ def pack(lengths:list,   # Lengths of the samples
             open_rows[left].append(row)
     return sorted(map(sorted, rows))
 
-# %% ../../nbs/33_data.packing.ipynb #308c396f
+# %% ../../nbs/33_data.packing.ipynb #b2bd4927
 @dataclass
 class Row:
     "Whole samples side by side."
@@ -65,7 +66,7 @@ def make_rows(encoded:list,   # `Encoded` samples
         rows.append(row)
     return rows
 
-# %% ../../nbs/33_data.packing.ipynb #aec0305d
+# %% ../../nbs/33_data.packing.ipynb #dc8c042b
 def block_causal(samples:Tensor # For each token the number of its sample, [batch, seq]
                 )->Tensor:      # True where one may look at another, [batch, 1, seq, seq]
     "Which tokens may attend to which."
@@ -73,19 +74,22 @@ def block_causal(samples:Tensor # For each token the number of its sample, [batc
     same = samples[:, None, :, None] == samples[:, None, None, :]
     return same & torch.ones(n, n, dtype=torch.bool, device=samples.device).tril()
 
-# %% ../../nbs/33_data.packing.ipynb #dd819a69
+# %% ../../nbs/33_data.packing.ipynb #cd4f7544
 def collate(rows:list,          # `Row`s
             pad_id:int,         # Any id; it is masked by position
-            mask=torch.float32  # Type of the mask; torch.bool is smaller, not for eager attention
+            mask=torch.float32  # Type of the mask; torch.bool is smaller, not for eager; None: no mask
            )->dict:             # Tensors by the names of a model's arguments
     "input_ids, labels, position_ids, [batch, seq], and attention_mask, [batch, 1, seq, seq]."
     n = max(map(len, rows))
-    def padded(lists, fill): return torch.tensor([[*l, *[fill]*(n - len(l))] for l in lists])
-    def numbers(r):
-        return [k for k,(a,b) in enumerate(zip(r.starts, r.starts[1:])) for _ in range(b - a)]
-    allowed = block_causal(padded(map(numbers, rows), -1))
+    ids,labels,positions,samples = (np.full((len(rows), n), fill) for fill in (pad_id, IGNORE, 0, -1))
+    for i,r in enumerate(rows):
+        ids[i,:len(r)],labels[i,:len(r)],positions[i,:len(r)] = r.ids,r.labels,r.positions
+        positions[i,len(r):] = np.arange(n - len(r))
+        samples[i,:len(r)] = np.repeat(np.arange(len(r.starts) - 1), np.diff(r.starts))
+    arrays = dict(input_ids=ids, position_ids=positions, labels=labels)
+    batch = {name: torch.from_numpy(a) for name,a in arrays.items()}
+    if mask is None: return batch
+    allowed = block_causal(torch.from_numpy(samples))
     if mask != torch.bool:
         allowed = torch.zeros_like(allowed, dtype=mask).masked_fill_(~allowed, -torch.inf)
-    positions = torch.tensor([[*r.positions, *range(n - len(r))] for r in rows])
-    return dict(input_ids=padded([r.ids for r in rows], pad_id), position_ids=positions,
-                labels=padded([r.labels for r in rows], IGNORE), attention_mask=allowed)
+    return {**batch, "attention_mask": allowed}
