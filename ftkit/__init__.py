@@ -4,7 +4,7 @@ import importlib, sys, types
 __version__ = "0.1.0"
 
 _ROOMS = {  # module → the names of its that stand on the public face
-    "core": "FtkitError unknown_name pick_device pick_dtype seed_everything say is_main in_notebook write_file",
+    "core": "FtkitError unknown_name pick_device pick_dtype seed_everything",
     "nano.colors": "color_rows parse_color ciede2000 score_colors baselines swatches",
     "nano.base": "nano_path nano_config",
     "lora.layers": "LoraLinear",

@@ -98,13 +98,12 @@ def _readable(file):
     rows,errors = ft.Rows(places=[]),[]
     for n,line in enumerate(Path(file).read_text(encoding="utf-8-sig").split("\n"), 1):
         if not line.strip(): continue
-        try: row = json.loads(line)
-        except json.JSONDecodeError as e:
-            where = f"{file}, line {n}, column {e.colno}"
-            errors.append(ft.FtkitError(f"not valid JSON: {e.msg.lower()}", where))
-            continue
-        rows.append(row)
-        rows.places.append((f"{file}, line", n))
+        try: row,problem = json.loads(line),None
+        except json.JSONDecodeError as e: row,problem = None,f"not valid JSON: {e.msg.lower()}"
+        if isinstance(row, dict): rows.append(row); rows.places.append((f"{file}, line", n))
+        else:
+            found = problem or f"expected an object with columns, found {type(row).__name__}"
+            errors.append(ft.FtkitError(found, where=f"{file}, line {n}"))
     return rows,errors
 
 # %% ../nbs/82_cli.ipynb #ecb0a796
@@ -148,7 +147,7 @@ def _train(args):
     if args.precision: options["train.precision"] = args.precision
     if args.gradient_checkpointing: options["train.gradient_checkpointing"] = True
     run = ft.train(args.recipe, args.work_dir, args.resume, args.seed, **options)
-    ft.say(f"{run!r}\nTalk to it:  ftkit chat {run.work_dir}")
+    print(f"{run!r}\nTalk to it:  ftkit chat {run.work_dir}", file=sys.stderr)
 
 # %% ../nbs/82_cli.ipynb #3472493d
 def _list_cfg(args):
@@ -161,7 +160,7 @@ def _copy_cfg(args): print(ft.copy_recipe(args.recipe, args.dir))
 
 def _test(args):
     _print(ft.test(args.recipe, args.checkpoint, args.picture, **_changes(args)))
-    if args.picture: ft.say(f"The picture is in {args.picture}")
+    if args.picture: print(f"The picture is in {args.picture}", file=sys.stderr)
 
 # %% ../nbs/82_cli.ipynb #f97304aa
 _FOLDER = "run, checkpoint, adapter or model folder"

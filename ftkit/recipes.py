@@ -42,9 +42,9 @@ def options(self:Recipe)->dict: # Dotted name → value, e.g. "optim.lr" → 0.0
     return options(self)
 
 @patch
-def set(self:Recipe, name:str=None, value=None, /, **changes)->Recipe: # A changed copy
+def set(self:Recipe, option:str=None, value=None, **changes)->Recipe: # A changed copy
     "Change options: `set(lr=1e-3)` or `set('optim.lr', 1e-3)`; text is read by the option's type."
-    if name is not None: changes[name] = value
+    if option is not None: changes[option] = value
     if self.lora is None and (asked := [k for k in changes if k.startswith("lora.")]):
         raise ft.FtkitError("this recipe trains every weight, so it has no LoRA options",
                             where=f"option {asked[0]}", fix="Take a recipe with _lora_ in its name")
@@ -214,11 +214,12 @@ def copy_recipe(what,      # Name, file or `Recipe`
                 folder="." # Where to put NAME_copy.py
                )->Path:    # The file
     "Write a recipe as a file to edit; a file that exists is not overwritten."
+    from ftkit.core import write_file
     r = load_recipe(what)
     path = Path(folder).expanduser()/f"{r.name}_copy.py"
     if path.exists():
         raise ft.FtkitError("this file exists already", where=path, fix="Rename or delete it first")
-    ft.write_file(path, render(r, path.name))
+    write_file(path, render(r, path.name))
     return path
 
 # %% ../nbs/81_recipes.ipynb #c7c5165a
@@ -279,6 +280,7 @@ def _named_folder(path, may_be_used):
 # %% ../nbs/81_recipes.ipynb #dc02f05d
 def _callbacks(r, data, work_dir):
     "Progress and trackers, sample chats, the metric, and the recipe itself in the run's folder."
+    from ftkit.core import is_main, write_file
     from ftkit.training.callbacks import default_callbacks
     out,system = default_callbacks(r.train),_common_system(data.samples)
     how = dict(tokenizer=data.tokenizer, template=data.template, max_new_tokens=r.answer_tokens)
@@ -286,7 +288,7 @@ def _callbacks(r, data, work_dir):
     if r.metric: out.append(ft.AnswerMetric(data.eval.samples, ft.metric(r.metric), **how))
     keep = ft.Callback()
     file = Path(work_dir)/"recipe.py"
-    keep.before_fit = lambda trainer: ft.is_main() and ft.write_file(file, render(r))
+    keep.before_fit = lambda trainer: is_main() and write_file(file, render(r))
     return [*out, keep]
 
 def _common_system(samples):
@@ -296,12 +298,13 @@ def _common_system(samples):
 
 def _introduce(r, data, model, work_dir):
     "Say what is about to happen, and show what is learned of the first row."
+    from ftkit.core import in_notebook, is_main, say
     trainable,total = ft.count_parameters(model)
     view = ft.preview(data.rows[0], data.tokenizer, max_tokens=60)
-    ft.say(f"ftkit: {r.name}, in {work_dir}")
-    ft.say(f"{trainable:,} of {total:,} weights are trained\n{data!r}")
-    if ft.in_notebook() or not ft.is_main(): return
-    if not sys.stderr.isatty(): return ft.say(f"The first row, learned text in brackets:\n{view}\n")
+    say(f"ftkit: {r.name}, in {work_dir}")
+    say(f"{trainable:,} of {total:,} weights are trained\n{data!r}")
+    if in_notebook() or not is_main(): return
+    if not sys.stderr.isatty(): return say(f"The first row, learned text in brackets:\n{view}\n")
     from rich.console import Console
     Console(stderr=True).print("The first row, what is learned in green:", view, "", sep="\n")
 
