@@ -6,14 +6,14 @@
 __all__ = ['COLORIST', 'Rows', 'read_rows', 'Layout', 'from_alpaca', 'from_conversation', 'from_messages', 'from_colors',
            'from_text', 'layouts', 'find_layout', 'to_messages']
 
-# %% ../../nbs/31_data.formats.ipynb #62f6793c
+# %% ../../nbs/31_data.formats.ipynb #d3a6eae5
 import json
 from dataclasses import dataclass
 from pathlib import Path
 from ..core import FtkitError, unknown_name
 from .templates import Message, as_messages
 
-# %% ../../nbs/31_data.formats.ipynb #fa2abbe3
+# %% ../../nbs/31_data.formats.ipynb #5ac5bf48
 class Rows(list):
     "A list that knows where its items came from."
     def __init__(self, items=(),
@@ -28,7 +28,7 @@ class Rows(list):
         where,n = self.places[i]
         return where if n is None else f"{where} {n}"
 
-# %% ../../nbs/31_data.formats.ipynb #ced1318d
+# %% ../../nbs/31_data.formats.ipynb #949e34f0
 def _text_of(path):
     try: return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as e:
@@ -54,7 +54,7 @@ def _read_jsonl(text, path):
         rows.places.append((f"{path}, line", n))
     return rows
 
-# %% ../../nbs/31_data.formats.ipynb #99a85257
+# %% ../../nbs/31_data.formats.ipynb #bd579175
 def _read_json(text, path):
     try: found = json.loads(text)
     except json.JSONDecodeError as e:
@@ -77,7 +77,7 @@ def _read_txt(text, path):
     return Rows([{"text": text}] if text.strip() else [], [(str(path), None)])
 _READERS = {".json": _read_json, ".jsonl": _read_jsonl, ".txt": _read_txt}
 
-# %% ../../nbs/31_data.formats.ipynb #78931ee3
+# %% ../../nbs/31_data.formats.ipynb #0f40ada9
 def _builtin(name):
     kind,_,part = name.partition("/")
     if kind == "colors" and part in ("", "all", "train", "test"):
@@ -86,13 +86,16 @@ def _builtin(name):
     elif kind == "nano_text" and (not part or part.isdigit()):
         from ftkit.nano.corpus import corpus
         found = list(corpus(documents=int(part)) if part else corpus())
+    elif name == "small_talk":
+        from ftkit.nano.corpus import small_talk
+        found = list(small_talk())
     else:
         raise unknown_name("built-in data set", name,
                            ["colors/train", "colors/test", "colors/all", "nano_text",
-                            "nano_text/1000"])
+                            "nano_text/1000", "small_talk"])
     return Rows(found, [(f"builtin:{name}, row", n) for n in range(1, len(found) + 1)])
 
-# %% ../../nbs/31_data.formats.ipynb #7e00d716
+# %% ../../nbs/31_data.formats.ipynb #dd2518cf
 def read_rows(path)->Rows: # File, folder, or a name such as "builtin:colors/train"
     "The rows of a data file, as dictionaries."
     if str(path).startswith("builtin:"): return _builtin(str(path).removeprefix("builtin:"))
@@ -115,7 +118,7 @@ def read_rows(path)->Rows: # File, folder, or a name such as "builtin:colors/tra
     if not out: raise FtkitError("there are no rows in it", where=path)
     return out
 
-# %% ../../nbs/31_data.formats.ipynb #a5c865a8
+# %% ../../nbs/31_data.formats.ipynb #03b30c6e
 @dataclass(frozen=True)
 class Layout:
     "How the columns of a row become messages."
@@ -139,7 +142,7 @@ def _get(row, name, default=None):
                          fix="Rename the column, or choose another layout")
     raise FtkitError(f"the column {name!r} holds {type(value).__name__}, not text")
 
-# %% ../../nbs/31_data.formats.ipynb #bdd85cc0
+# %% ../../nbs/31_data.formats.ipynb #f8a343c0
 def from_alpaca(row:dict)->list: # None for a row without an answer
     "Messages of `instruction`, `input`, `output`, and perhaps `system`."
     instruction,extra,output = _get(row, "instruction"),_get(row, "input", ""),_get(row, "output")
@@ -153,7 +156,7 @@ def from_alpaca(row:dict)->list: # None for a row without an answer
 
 def _system(row): return [Message("system", row["system"])] if _get(row, "system", "") else []
 
-# %% ../../nbs/31_data.formats.ipynb #611a8a42
+# %% ../../nbs/31_data.formats.ipynb #eb3f63f1
 def from_conversation(row:dict)->list:
     "Messages of a `conversation` of turns with `input` and `output`."
     out = []
@@ -177,7 +180,7 @@ def _turns(row, *names):
     if not turns: raise FtkitError(f"the conversation in {name!r} is empty", fix="Remove the row")
     return turns
 
-# %% ../../nbs/31_data.formats.ipynb #07c16121
+# %% ../../nbs/31_data.formats.ipynb #9b66a67b
 def from_messages(row:dict)->list:
     "Messages of a list of `role` and `content`."
     turns = _turns(row, "messages", "conversation", "conversations")
@@ -200,7 +203,7 @@ def _message(m, n):
     if loss is None and role == "assistant": loss = m.get("weight")
     return Message(role, _get({**m, "content": content}, "content"), loss)
 
-# %% ../../nbs/31_data.formats.ipynb #5794904d
+# %% ../../nbs/31_data.formats.ipynb #c063a5c8
 COLORIST = ("You are a professional color designer. "
             "Please provide the corresponding colors based on the description of Human.")
 
@@ -214,7 +217,7 @@ def from_text(row:dict)->list:
     "The one message of a `text` for pre-training."
     return [Message("text", _get(row, "text"))]
 
-# %% ../../nbs/31_data.formats.ipynb #55df2613
+# %% ../../nbs/31_data.formats.ipynb #fc28b88f
 def _turn_keys(row, names, *keys):
     "Whether a column holds turns with these keys."
     for n in names:
@@ -223,7 +226,7 @@ def _turn_keys(row, names, *keys):
             and all(k in turns[0] for k in keys)): return True
     return False
 
-# %% ../../nbs/31_data.formats.ipynb #2f0270c7
+# %% ../../nbs/31_data.formats.ipynb #d2ca3483
 _LAYOUTS = {l.name: l for l in (
     Layout("alpaca", "instruction, output, and perhaps input and system", from_alpaca,
            "One question and one answer a row.", lambda r: _has(r, "instruction", "output")),
@@ -242,7 +245,7 @@ def layouts()->dict: # Name to Layout
     "All layouts there are."
     return dict(_LAYOUTS)
 
-# %% ../../nbs/31_data.formats.ipynb #59527e39
+# %% ../../nbs/31_data.formats.ipynb #0e15389b
 def find_layout(rows # Rows; or names of columns, which don't tell `conversation` from `messages`
                )->str: # Name of a layout
     "The name of the one layout that fits."
@@ -262,7 +265,7 @@ def find_layout(rows # Rows; or names of columns, which don't tell `conversation
     raise FtkitError(f"no layout fits; found the columns {found}", where="layout=auto",
                      fix=f"Expected one of: {known}")
 
-# %% ../../nbs/31_data.formats.ipynb #da2174a5
+# %% ../../nbs/31_data.formats.ipynb #0d3cf961
 def to_messages(rows,           # Dictionaries
                 layout="auto",  # Name of a layout
                 system:str=None,# System message for rows that bring none; "" for none at all

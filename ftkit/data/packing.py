@@ -77,11 +77,12 @@ def block_causal(samples:Tensor # For each token the number of its sample, [batc
 # %% ../../nbs/33_data.packing.ipynb #cd4f7544
 def collate(rows:list,          # `Row`s
             pad_id:int,         # Any id; it is masked by position
-            mask=torch.float32  # Type of the mask; torch.bool is smaller, not for eager; None: no mask
+            mask=torch.float32  # Type of the mask, see the table; None leaves it out
            )->dict:             # Tensors by the names of a model's arguments
     "input_ids, labels, position_ids, [batch, seq], and attention_mask, [batch, 1, seq, seq]."
     n = max(map(len, rows))
-    ids,labels,positions,samples = (np.full((len(rows), n), fill) for fill in (pad_id, IGNORE, 0, -1))
+    fills = pad_id,IGNORE,0,-1
+    ids,labels,positions,samples = (np.full((len(rows), n), fill) for fill in fills)
     for i,r in enumerate(rows):
         ids[i,:len(r)],labels[i,:len(r)],positions[i,:len(r)] = r.ids,r.labels,r.positions
         positions[i,len(r):] = np.arange(n - len(r))
