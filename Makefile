@@ -2,11 +2,11 @@
 
 # The Python that makes the environment. It must be 3.10 or newer:  make demo PYTHON=python3.12
 PYTHON ?= python3
-# More words for pip. On Linux the CPU build of torch is ten times smaller than the usual one:
-#   make demo PIP_FLAGS="--extra-index-url https://download.pytorch.org/whl/cpu"
+# More words for pip, e.g. where to find the small CPU build of torch (PyTorch's install page says it):
+#   make demo PIP_FLAGS="--extra-index-url …"
 PIP_FLAGS ?=
 # What `make demo` trains, and where the result goes
-RECIPE ?= nano_lora_colors_e10
+RECIPE ?= nano_lora_colors_e4
 DEMO ?= runs/demo
 
 VENV := .venv

@@ -1,4 +1,4 @@
-"ftkit: fine-tune large language models. Each name is imported when it is first used, so `import ftkit` costs nothing."
+"Fine-tune large language models. Names are imported when first used, so `import ftkit` is quick."
 import importlib, sys, types
 
 __version__ = "0.1.0"
@@ -8,7 +8,8 @@ _ROOMS = {  # module → the names of its that stand on the public face
     "nano.colors": "color_rows parse_color ciede2000 score_colors baselines swatches",
     "nano.base": "nano_path nano_config",
     "lora.layers": "LoraLinear",
-    "lora.inject": "LoraConfig add_lora lora_layers lora_disabled count_parameters merge_lora unmerge_lora unload_lora",
+    "lora.inject": "LoraConfig add_lora lora_layers lora_disabled count_parameters merge_lora "
+                   "unmerge_lora unload_lora",
     "lora.io": "save_adapter load_adapter adapter_config",
     "data.templates": "Message Template Rendered template template_names",
     "data.formats": "Rows read_rows layouts find_layout to_messages",
@@ -35,9 +36,10 @@ __all__ = sorted(_HOME)
 
 
 class _Face(types.ModuleType):
-    "The package itself. Where a module and a function share a name (`generate`), the function is what `ftkit.` shows."
+    "The package itself; where a module and a function share a name, the function wins."
     def __setattr__(self, name, value):
-        if name in _HOME and isinstance(value, types.ModuleType): return  # `from ftkit.generate import …` still works
+        # `from ftkit.generate import …` still works
+        if name in _HOME and isinstance(value, types.ModuleType): return
         super().__setattr__(name, value)
 
 

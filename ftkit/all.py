@@ -1,2 +1,2 @@
-"Every public name at once, for notebooks: `from ftkit.all import *`. This is the line that does import torch."
+"Every public name at once, for notebooks: `from ftkit.all import *`. It does import torch."
 from ftkit import *

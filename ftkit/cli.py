@@ -6,20 +6,20 @@
 __all__ = ['SHOWS', 'list_dataset_format', 'log_dataset', 'check_custom_dataset', 'Verb', 'option', 'overview', 'read_line',
            'explain', 'main']
 
-# %% ../nbs/82_cli.ipynb #8dca62d3
+# %% ../nbs/82_cli.ipynb #c889f4df
 import difflib, json, os, sys
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from dataclasses import dataclass
 from pathlib import Path
 import ftkit as ft
 
-# %% ../nbs/82_cli.ipynb #bcdb70fa
+# %% ../nbs/82_cli.ipynb #a891a313
 def list_dataset_format()->None:
     "Print the layouts of data files: name, columns of a row, meaning."
     for name,layout in ft.layouts().items():
         print(f"{name:13} {layout.columns}\n{'':13} {layout.doc}")
 
-# %% ../nbs/82_cli.ipynb #8048ac62
+# %% ../nbs/82_cli.ipynb #a243230f
 SHOWS = "text masked_text input_ids labels all".split()
 
 def log_dataset(what,           # Name, file or `Recipe`
@@ -45,7 +45,7 @@ def _print(thing):
     from rich.console import Console
     Console(highlight=False).print(thing)
 
-# %% ../nbs/82_cli.ipynb #8b2087fe
+# %% ../nbs/82_cli.ipynb #538e8cae
 def check_custom_dataset(file,                     # A data file
                          layout:str="auto",        # Name of its layout
                          template:str="tokenizer", # Template to render it with
@@ -68,7 +68,7 @@ def check_custom_dataset(file,                     # A data file
     print(f"layout {layout}, template {name}: {len(errors):,} bad rows, {counts}")
     return errors
 
-# %% ../nbs/82_cli.ipynb #d5de7db8
+# %% ../nbs/82_cli.ipynb #7e3c403f
 _COUNTS = dict(rows="good rows", tokens="tokens", learned="of them learned", truncated="rows cut")
 
 def _sift(rows, work, errors):
@@ -89,7 +89,7 @@ def _likely_layout(rows):
         except ft.FtkitError: pass
     return max(votes, key=votes.count) if votes else ft.find_layout(rows)
 
-# %% ../nbs/82_cli.ipynb #8f66453e
+# %% ../nbs/82_cli.ipynb #08a5ea09
 def _readable(file):
     "The rows of a file that can be read, and errors for the lines that can not."
     try: return ft.read_rows(file),[]
@@ -106,7 +106,7 @@ def _readable(file):
             errors.append(ft.FtkitError(found, where=f"{file}, line {n}"))
     return rows,errors
 
-# %% ../nbs/82_cli.ipynb #ecb0a796
+# %% ../nbs/82_cli.ipynb #588d87b2
 @dataclass
 class Verb:
     "A command."
@@ -126,7 +126,7 @@ def option(names:str,    # "FILE" for an argument, "--seed" or "-p --pattern" fo
         help,how = f"{help} ({default})",dict(default=default, type=type(default), **how)
     return names.split(),dict(help=help, **how)
 
-# %% ../nbs/82_cli.ipynb #66ae123c
+# %% ../nbs/82_cli.ipynb #d235bbe9
 _WHAT = option("RECIPE", "name of a recipe, or a recipe file ending in .py")
 _SET = option("--set --cfg-options", "change options: --set lr=1e-3 train.max_steps=50",
               nargs="+", action="extend", metavar="KEY=VALUE")
@@ -149,7 +149,7 @@ def _train(args):
     run = ft.train(args.recipe, args.work_dir, args.resume, args.seed, **options)
     print(f"{run!r}\nTalk to it:  ftkit chat {run.work_dir}", file=sys.stderr)
 
-# %% ../nbs/82_cli.ipynb #3472493d
+# %% ../nbs/82_cli.ipynb #84ed54ba
 def _list_cfg(args):
     names = ft.list_recipes(args.pattern)
     if names: return print(*names, sep="\n")
@@ -162,17 +162,17 @@ def _test(args):
     _print(ft.test(args.recipe, args.checkpoint, args.picture, **_changes(args)))
     if args.picture: print(f"The picture is in {args.picture}", file=sys.stderr)
 
-# %% ../nbs/82_cli.ipynb #f97304aa
+# %% ../nbs/82_cli.ipynb #f237aea1
 _FOLDER = "run, checkpoint, adapter or model folder"
 
 VERBS = {
     "list-cfg": Verb("List the recipes.", "list-cfg -p colors", [
         option("-p --pattern", "only names with this in them")], _list_cfg),
     "copy-cfg": Verb("Write a recipe as a commented file to edit.",
-                     "copy-cfg nano_lora_colors_e10 .", [
+                     "copy-cfg nano_lora_colors_e4 .", [
         _WHAT, option("DIR", "where to put NAME_copy.py")], _copy_cfg),
     "train": Verb("Train a recipe.",
-                  "train nano_lora_colors_e10 --work-dir runs/mine --set lr=1e-3", [
+                  "train nano_lora_colors_e4 --work-dir runs/mine --set lr=1e-3", [
         _WHAT, _SET, option("--work-dir", "folder of the run (first free of runs/NAME, NAME-2, …)"),
         option("--resume", "go on from the newest checkpoint, or from this one",
                nargs="?", const="auto", metavar="CHECKPOINT"),
@@ -183,11 +183,11 @@ VERBS = {
         option("--deepspeed", "(not in this release)", metavar="CONFIG"),
         option("--sequence-parallel", "(not in this release)", metavar="N")], _train),
     "test": Verb("Score a checkpoint on held-out samples, beside its base and simple opponents.",
-                 "test nano_lora_colors_e10 --checkpoint runs/mine --picture colors.png", [
+                 "test nano_lora_colors_e4 --checkpoint runs/mine --picture colors.png", [
         _WHAT, _SET, option("--checkpoint", _FOLDER, required=True),
         option("--picture", "draw expected and answered colours into this file")], _test)}
 
-# %% ../nbs/82_cli.ipynb #46c518a8
+# %% ../nbs/82_cli.ipynb #dc045712
 def _chat(args):
     how = {k: v for k,v in vars(args).items() if k not in ("path", "prompt", "debug")}
     if not args.prompt: return ft.chat(args.path, **how)
@@ -203,7 +203,7 @@ def _pth_to_hf(args):
     r = ft.load_recipe(args.recipe).set(**_changes(args))
     print(ft.pth_to_hf(args.checkpoint, args.out, r.model.path, r.lora, r.data.template))
 
-# %% ../nbs/82_cli.ipynb #e28a65bd
+# %% ../nbs/82_cli.ipynb #94be926b
 _OUT = option("OUT", "a new folder")
 
 VERBS |= {
@@ -227,7 +227,7 @@ VERBS |= {
                               "convert pth_to_hf my_recipe.py epoch_3.pth adapter", [
         _WHAT, option("CHECKPOINT", "a folder, or a .pth file of XTuner"), _OUT, _SET], _pth_to_hf)}
 
-# %% ../nbs/82_cli.ipynb #62b0a872
+# %% ../nbs/82_cli.ipynb #0c553575
 def _log_dataset(args): log_dataset(args.recipe, args.show, **_changes(args))
 
 def _check(args):
@@ -241,7 +241,7 @@ def _version(args):
 
 VERBS |= {
     "log-dataset": Verb("Show the first row that a recipe trains on.",
-                        "log-dataset nano_lora_colors_e10 --show masked_text", [
+                        "log-dataset nano_lora_colors_e4 --show masked_text", [
         _WHAT, _SET, option("--show", ", ".join(SHOWS), "all")], _log_dataset),
     "check-custom-dataset": Verb("Check every row of a data file.",
                                  "check-custom-dataset my.jsonl --layout alpaca", [
@@ -254,15 +254,15 @@ VERBS |= {
     "version": Verb("Show the versions of ftkit and of what it stands on.",
                     "version", [], _version)}
 
-# %% ../nbs/82_cli.ipynb #57d97325
+# %% ../nbs/82_cli.ipynb #abd0b4f9
 def overview()->str:
     "All verbs with their sentences."
     lines = [f"  {name:21} {v.about}" for name,v in VERBS.items()]
     return "\n".join(["usage: ftkit VERB … [--debug]", "", *lines, "",
                       "`ftkit VERB --help` shows a verb's options, --debug where an error is from.",
-                      "Start with:  ftkit train nano_lora_colors_e10"])
+                      "Start with:  ftkit train nano_lora_colors_e4"])
 
-# %% ../nbs/82_cli.ipynb #671f21a1
+# %% ../nbs/82_cli.ipynb #cbad545d
 class _Usage(Exception): "The line cannot be understood."
 
 class _Parser(ArgumentParser):
@@ -280,7 +280,7 @@ def _split(argv):
     near = _near(argv[0], VERBS)
     raise _Usage(f"ftkit: unknown verb {argv[0]!r}.{near} `ftkit --help` shows all.")
 
-# %% ../nbs/82_cli.ipynb #dd41f7bc
+# %% ../nbs/82_cli.ipynb #d5530cd4
 def read_line(argv:list # The words after "ftkit"
              )->tuple:  # The `Verb`, what its options say
     "Understand a command line."
@@ -296,7 +296,7 @@ def read_line(argv:list # The words after "ftkit"
     if left: parser.error(f"cannot use {left[0]!r}.{_near(left[0].split('=')[0], known)}")
     return verb,args
 
-# %% ../nbs/82_cli.ipynb #5df3869c
+# %% ../nbs/82_cli.ipynb #730723ab
 def explain(e:BaseException # What was raised
            )->tuple:        # Exit code; what to tell the user
     "What an error means on the command line."
@@ -310,7 +310,7 @@ def explain(e:BaseException # What was raised
     if isinstance(e, OSError) and e.filename: return 1,f"ftkit: {e.filename}: {e.strerror}."
     return 1,f"ftkit: {type(e).__name__}: {e}. This may be a mistake in ftkit: --debug shows where."
 
-# %% ../nbs/82_cli.ipynb #b95cb9fd
+# %% ../nbs/82_cli.ipynb #654d2391
 def main(argv:list=None # The words after "ftkit"; those of this process if None
         )->int:         # Exit code
     "The `ftkit` command."

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['METRICS', 'metric', 'Scores', 'compare']
 
-# %% ../nbs/79_evaluate.ipynb #93656f2f
+# %% ../nbs/79_evaluate.ipynb #8df750b8
 import html, os, sys
 from dataclasses import dataclass
 from importlib import import_module
@@ -14,7 +14,7 @@ from .core import FtkitError, unknown_name
 from .nano.colors import parse_color, swatches
 from .training.callbacks import split_answer
 
-# %% ../nbs/79_evaluate.ipynb #b3d66f92
+# %% ../nbs/79_evaluate.ipynb #3bd21022
 METRICS = {"score_colors": "ftkit.nano.colors:score_colors"}
 
 def metric(name # "score_colors", "module:function", or the function itself
@@ -32,7 +32,7 @@ def metric(name # "score_colors", "module:function", or the function itself
     if hasattr(found, function): return getattr(found, function)
     raise unknown_name(f"function in {module}", function, [n for n in dir(found) if n[0] != "_"])
 
-# %% ../nbs/79_evaluate.ipynb #7617d298
+# %% ../nbs/79_evaluate.ipynb #00a36e5a
 @dataclass(repr=False)
 class Scores:
     "Answers to held-out samples, and what they are worth."
@@ -50,7 +50,7 @@ class Scores:
         n = min(n, len(self.questions))
         return [i*len(self.questions)//n for i in range(n)]
 
-# %% ../nbs/79_evaluate.ipynb #b521dcca
+# %% ../nbs/79_evaluate.ipynb #cf41595e
 def compare(samples:list,     # Conversations that end with the right answer
             answers:dict,     # Who → answers, one text for each sample; the one to look at first
             how="score_colors", # A metric, as for `metric`
@@ -63,7 +63,7 @@ def compare(samples:list,     # Conversations that end with the right answer
     return Scores([_text(q[-1]) for q in questions], list(expected), answers,
                   {who: score(a, list(expected)) for who,a in answers.items()})
 
-# %% ../nbs/79_evaluate.ipynb #f0e7c065
+# %% ../nbs/79_evaluate.ipynb #69fcb078
 def _text(message): return message["content"] if isinstance(message, dict) else message.content
 
 def _color_opponents(train, test):
@@ -75,7 +75,7 @@ def _color_opponents(train, test):
 
 OPPONENTS = {"score_colors": _color_opponents}
 
-# %% ../nbs/79_evaluate.ipynb #a522a451
+# %% ../nbs/79_evaluate.ipynb #38a07e09
 @patch
 def __repr__(self:Scores)->str:
     names,width = self.names(),max(map(len, self.answers), default=0)
@@ -89,7 +89,7 @@ def __repr__(self:Scores)->str:
         lines.append(f"  {self.questions[i]}: expected {self.expected[i]}, got {said}")
     return "\n".join(lines)
 
-# %% ../nbs/79_evaluate.ipynb #0b6d45f2
+# %% ../nbs/79_evaluate.ipynb #5260cacd
 @patch
 def _repr_html_(self:Scores)->str:
     cell = lambda tag, text, style="": f'<{tag} style="text-align:left;{style}">{text}</{tag}>'
@@ -107,7 +107,7 @@ def _repr_html_(self:Scores)->str:
     head = "".join(cell("th", t) for t in ("question", "expected", first))
     return f"<table>{scores}</table><table><tr>{head}</tr>{rows}</table>"
 
-# %% ../nbs/79_evaluate.ipynb #899d6cdb
+# %% ../nbs/79_evaluate.ipynb #a997f0f4
 @patch
 def __rich__(self:Scores):
     from rich.console import Group
@@ -126,11 +126,11 @@ def __rich__(self:Scores):
         some.add_row(Text(self.questions[i]), shown(self.expected[i]), said)
     return Group(scores, "", some)
 
-# %% ../nbs/79_evaluate.ipynb #5d7207cb
+# %% ../nbs/79_evaluate.ipynb #e6798901
 @patch
 def picture(self:Scores,
             file=None, # Write it here as well, e.g. "swatches.png"
-            n:int=36   # Samples in it
+            n:int=33   # Samples in it
            ):          # A matplotlib figure
     "Expected and answered colours side by side (for colours only)."
     if not any(map(parse_color, self.expected)):

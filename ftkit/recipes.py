@@ -6,7 +6,7 @@
 __all__ = ['MODELS', 'METHODS', 'DATASETS', 'TUNED', 'Recipe', 'list_recipes', 'recipe', 'render', 'load_recipe', 'copy_recipe',
            'train', 'test']
 
-# %% ../nbs/81_recipes.ipynb #1c3b6f76
+# %% ../nbs/81_recipes.ipynb #b4528a49
 import os, re, sys, traceback
 from dataclasses import dataclass, field, fields, is_dataclass
 from functools import partial
@@ -16,10 +16,10 @@ from fastcore.basics import patch
 import ftkit as ft
 from .options import as_html, as_text, assignments, change, differing, options
 
-# %% ../nbs/81_recipes.ipynb #dca59dd6
+# %% ../nbs/81_recipes.ipynb #6fbe2b5a
 def _part(name): return field(default_factory=lambda: getattr(ft, name)())
 
-# %% ../nbs/81_recipes.ipynb #0f0d0f8e
+# %% ../nbs/81_recipes.ipynb #f8344c4e
 @dataclass(repr=False)
 class Recipe:
     "Everything that decides a run."
@@ -29,13 +29,13 @@ class Recipe:
     metric:str = None         # Scores held-out samples: "score_colors" or "module:function"
     prompts:tuple = ()        # Prompts that are answered at each evaluation
     answer_tokens:int = 64    # Longest answer to a prompt or a held-out sample
-    model:"ModelConfig" = _part("ModelConfig") # The base model
-    lora:"LoraConfig" = None  # The low-rank layers; None trains every weight
-    data:"DataConfig" = _part("DataConfig")    # The samples
-    optim:"OptimConfig" = _part("OptimConfig") # The optimizer and its schedule
-    train:"TrainConfig" = _part("TrainConfig") # The loop
+    model:object = _part("ModelConfig")  # The base model
+    lora:object = None                   # The low-rank layers; None trains every weight
+    data:object = _part("DataConfig")    # The samples
+    optim:object = _part("OptimConfig")  # The optimizer and its schedule
+    train:object = _part("TrainConfig")  # The loop
 
-# %% ../nbs/81_recipes.ipynb #3c7f33b2
+# %% ../nbs/81_recipes.ipynb #caa956c5
 @patch
 def options(self:Recipe)->dict: # Dotted name → value, e.g. "optim.lr" → 0.0002
     "Every option under its dotted name."
@@ -50,7 +50,7 @@ def set(self:Recipe, option:str=None, value=None, **changes)->Recipe: # A change
                             where=f"option {asked[0]}", fix="Take a recipe with _lora_ in its name")
     return change(self, **changes)
 
-# %% ../nbs/81_recipes.ipynb #af63ffc5
+# %% ../nbs/81_recipes.ipynb #74f46b9e
 @patch
 def _rows(self:Recipe):
     "The options, and which differ from those of a recipe that says nothing."
@@ -63,7 +63,7 @@ def __repr__(self:Recipe)->str: return as_text(f"Recipe {self.name}", self._rows
 @patch
 def _repr_html_(self:Recipe)->str: return as_html(self.name, self._rows())
 
-# %% ../nbs/81_recipes.ipynb #4579789e
+# %% ../nbs/81_recipes.ipynb #6edefd62
 _GPU = {"train.batch_size": 1, "train.accumulate": 16, "train.precision": "auto",
         "train.gradient_checkpointing": True, "data.max_length": 2048}
 _NANO = {"train.batch_size": 1, "data.max_length": 512, "data.system": ""}
@@ -82,7 +82,7 @@ MODELS = {
     "llama3_8b_instruct":    _hub("meta-llama/Meta-Llama-3-8B-Instruct", "Llama 3, 8 B, instruct"),
 }
 
-# %% ../nbs/81_recipes.ipynb #20123d55
+# %% ../nbs/81_recipes.ipynb #835d060a
 METHODS = {
     "full": {"about": "all weights", "optim.lr": 2e-5, "optim.weight_decay": 0.01},
     "lora": {"about": "LoRA", "lora.r": 16, "lora.alpha": 32, "lora.dropout": 0.05,
@@ -90,24 +90,33 @@ METHODS = {
 }
 
 DATASETS = {
-    "colors":    {"about": "the xkcd colour names", "epochs": 10, "data.layout": "colors",
+    "colors":    {"about": "the xkcd colour names", "epochs": 4, "data.layout": "colors",
                   "data.path": "builtin:colors/train", "data.eval_path": "builtin:colors/test",
                   "data.max_length": 512, "metric": "score_colors", "answer_tokens": 16,
                   "prompts": ("dark teal", "pale peach", "stormy sea")},
-    "nano_text": {"about": "the built-in text", "epochs": 1, "data.path": "builtin:nano_text",
-                  "data.layout": "text", "data.template": "text", "data.eval_fraction": 0.01,
-                  "objective": "pretrain", "only": ("nano", "nano_scratch")},
+    "nano_text": {"about": "the built-in text", "epochs": 4, "data.path": "builtin:nano_text",
+                  "data.layout": "text", "data.template": "text", "objective": "pretrain",
+                  "only": ("nano", "nano_scratch")},
+    "small_talk": {"about": "built-in questions and answers in words", "epochs": 1,
+                   "data.path": "builtin:small_talk", "data.layout": "messages",
+                   "only": ("nano", "nano_scratch")},
     "custom":    {"about": "your own file, --set data.path=FILE", "epochs": 3, "data.path": ""},
 }
 
-# %% ../nbs/81_recipes.ipynb #676e74de
+# %% ../nbs/81_recipes.ipynb #22eb3d1a
 TUNED = {
-    "nano_lora_colors": {"lora.r": 32, "lora.alpha": 64, "lora.dropout": 0., "optim.lr": 2e-3},
-    "nano_full_colors": {"optim.lr": 5e-4},
-    "nano_scratch_full_nano_text": {"optim.lr": 2e-3, "train.batch_size": 8},
+    "nano_lora_colors": {"lora.r": 64, "lora.alpha": 128, "lora.dropout": 0.1, "optim.lr": 1e-3,
+                         "optim.warmup_ratio": 0.1, "train.batch_size": 2, "data.max_length": 256},
+    "nano_full_colors": {"optim.lr": 5e-4, "train.batch_size": 2, "data.max_length": 256},
+    "nano_scratch_full_nano_text": {
+        "optim.lr": 4e-3, "optim.betas": (0.9, 0.95), "optim.weight_decay": 0.1,
+        "optim.warmup_ratio": 0.1, "optim.min_lr_ratio": 0.05, "train.batch_size": 128,
+        "train.log_every": 10, "train.save_every": 500},
+    "nano_full_small_talk": {"optim.lr": 5e-4, "optim.weight_decay": 0.,
+                             "train.batch_size": 8, "train.log_every": 10},
 }
 
-# %% ../nbs/81_recipes.ipynb #467a23a3
+# %% ../nbs/81_recipes.ipynb #4986e7b5
 def _fits(model, method, dataset):
     "Whether a combination makes sense: LoRA beside frozen random weights, for one, does not."
     if MODELS[model].get("scratch") and method != "full": return False
@@ -121,7 +130,7 @@ def _parse(name):
     if not found or not _fits(*found.groups()[:3]): return None
     return *found.groups()[:3],int(found[4])
 
-# %% ../nbs/81_recipes.ipynb #fddacc15
+# %% ../nbs/81_recipes.ipynb #a33fac3c
 def list_recipes(pattern:str=None # Part of a name, in either case; None for all
                 )->list:          # Names
     "The recipes there are, each with its usual number of epochs."
@@ -129,8 +138,8 @@ def list_recipes(pattern:str=None # Part of a name, in either case; None for all
     names = [f"{'_'.join(x)}_e{DATASETS[x[2]]['epochs']}" for x in found]
     return [n for n in names if (pattern or "").lower() in n.lower()]
 
-# %% ../nbs/81_recipes.ipynb #7c0d6cbb
-def recipe(name:str       # E.g. "nano_lora_colors_e10"
+# %% ../nbs/81_recipes.ipynb #913db4ad
+def recipe(name:str       # E.g. "nano_lora_colors_e4"
           )->Recipe:
     "The recipe of a name."
     parts = _parse(name)
@@ -142,7 +151,7 @@ def recipe(name:str       # E.g. "nano_lora_colors_e10"
     lora = ft.LoraConfig() if method == "lora" else None
     return Recipe(name, lora=lora).set(**values, **{"train.epochs": epochs})
 
-# %% ../nbs/81_recipes.ipynb #01c51f1f
+# %% ../nbs/81_recipes.ipynb #b7b82ff3
 def _no_recipe(name):
     "Why there is no recipe of this name."
     if "_qlora_" in name:
@@ -154,7 +163,7 @@ def _no_recipe(name):
     if Path(f"{name}.py").exists(): fix = f"For the file of this name, say {name}.py"
     return ft.unknown_name("recipe", name, known, fix=fix)
 
-# %% ../nbs/81_recipes.ipynb #2a4ddc90
+# %% ../nbs/81_recipes.ipynb #2233e56a
 def render(recipe:Recipe,
            file:str="recipe.py" # What the file will be called
           )->str:               # Python source
@@ -176,14 +185,14 @@ recipe = Recipe(
 {body})
 '''
 
-# %% ../nbs/81_recipes.ipynb #14bee294
+# %% ../nbs/81_recipes.ipynb #d98bba06
 def _about(recipe):
     found = _parse(recipe.name)
     if not found: return ""
     words = [table[key]["about"] for table,key in zip((MODELS, METHODS, DATASETS), found)]
     return f": {words[0]}, {words[1]}, {words[2]}"
 
-# %% ../nbs/81_recipes.ipynb #f8a8bb32
+# %% ../nbs/81_recipes.ipynb #1b4c9331
 def load_recipe(what # Name, file that ends in .py, or a `Recipe`
                )->Recipe:
     "A recipe by name or from a file, with every option's type checked."
@@ -192,7 +201,7 @@ def load_recipe(what # Name, file that ends in .py, or a `Recipe`
     else: return recipe(str(what))
     return made.set(**{k: v for k,v in made.options().items() if v is not None})
 
-# %% ../nbs/81_recipes.ipynb #8e195b43
+# %% ../nbs/81_recipes.ipynb #0bbd7b59
 def _run_file(path):
     "The object `recipe` that a Python file defines."
     if not path.is_file():
@@ -209,7 +218,7 @@ def _run_file(path):
     raise ft.FtkitError("it does not define `recipe = Recipe(…)`", where=path,
                         fix="`ftkit copy-cfg NAME .` shows what a recipe file looks like")
 
-# %% ../nbs/81_recipes.ipynb #7d7c2fa1
+# %% ../nbs/81_recipes.ipynb #14090d82
 def copy_recipe(what,      # Name, file or `Recipe`
                 folder="." # Where to put NAME_copy.py
                )->Path:    # The file
@@ -222,7 +231,7 @@ def copy_recipe(what,      # Name, file or `Recipe`
     write_file(path, render(r, path.name))
     return path
 
-# %% ../nbs/81_recipes.ipynb #c7c5165a
+# %% ../nbs/81_recipes.ipynb #f6827aa6
 OBJECTIVES = {"sft": "SupervisedTuning", "pretrain": "PreTraining"}
 
 def _checked(r):
@@ -238,7 +247,7 @@ def _checked(r):
     for part in (r.train, r.optim): part.check()
     return r
 
-# %% ../nbs/81_recipes.ipynb #c39b8c6d
+# %% ../nbs/81_recipes.ipynb #d528f318
 def _dtype(r):
     "The type of the base's weights."
     from ftkit.training.plan import pick_precision
@@ -258,7 +267,7 @@ def _base_model(r):
     model.name_or_path = m.path
     return model.to(ft.pick_device(m.device))
 
-# %% ../nbs/81_recipes.ipynb #856aafc0
+# %% ../nbs/81_recipes.ipynb #a5f8479a
 def _work_dir(r, what, work_dir, resume):
     "The folder of a run."
     if work_dir is not None:
@@ -277,7 +286,7 @@ def _named_folder(path, may_be_used):
     raise ft.FtkitError(f"this folder holds {old[-1].name} of an earlier run", where=path,
                         fix="Go on with --resume, choose another --work-dir, or delete the folder")
 
-# %% ../nbs/81_recipes.ipynb #dc02f05d
+# %% ../nbs/81_recipes.ipynb #6b9dd6c8
 def _callbacks(r, data, work_dir):
     "Progress and trackers, sample chats, the metric, and the recipe itself in the run's folder."
     from ftkit.core import is_main, write_file
@@ -308,13 +317,13 @@ def _introduce(r, data, model, work_dir):
     from rich.console import Console
     Console(stderr=True).print("The first row, what is learned in green:", view, "", sep="\n")
 
-# %% ../nbs/81_recipes.ipynb #f4ea9192
+# %% ../nbs/81_recipes.ipynb #752e0207
 def train(what,            # Name, file or `Recipe`
           work_dir=None,   # Folder of the run; by default the first free of runs/NAME, NAME-2, …
           resume=None,     # True or "auto": from the newest checkpoint; or a checkpoint folder
           seed:int=None,   # Instead of the recipe's
           **options        # Options to change, as for `Recipe.set`
-         )->"Run":
+         ): # A `Run`
     "Train a recipe."
     if seed is not None: options["train.seed"] = seed
     r = _checked(load_recipe(what).set(**options))
@@ -326,7 +335,7 @@ def train(what,            # Name, file or `Recipe`
     if r.lora: ft.add_lora(model, r.lora)
     _introduce(r, data, model, work_dir)
     trainer = ft.Trainer(model, getattr(ft, OBJECTIVES[r.objective])(), data.rows, r.train, r.optim,
-        collate=partial(ft.collate, pad_id=tokenizer.pad_token_id or 0),
+        collate=partial(ft.collate, pad_id=tokenizer.pad_token_id or 0, mask=None),
         eval_rows=data.eval and data.eval.rows,
         callbacks=_callbacks(r, data, work_dir), work_dir=work_dir,
         save=partial(ft.save_model, model, tokenizer, data.template,
@@ -337,7 +346,7 @@ def train(what,            # Name, file or `Recipe`
     run.tokenizer,run.template = tokenizer,data.template
     return run
 
-# %% ../nbs/81_recipes.ipynb #45a2e05b
+# %% ../nbs/81_recipes.ipynb #82d785cc
 def _agree(choose):
     "What `choose()` returns in the main process, in all processes."
     if os.environ.get("WORLD_SIZE", "1") == "1": return choose()
@@ -346,12 +355,12 @@ def _agree(choose):
     found = [choose() if PartialState().is_main_process else None]
     return broadcast_object_list(found)[0]
 
-# %% ../nbs/81_recipes.ipynb #35b77cb7
+# %% ../nbs/81_recipes.ipynb #e2bea17a
 def test(what,         # Name, file or `Recipe` that the model was trained with
          checkpoint,   # Anything `load_model` takes, e.g. the run's folder
          picture=None, # Write a picture of some answers here (colours only)
          **options     # Options to change, as for `Recipe.set`
-        )->"Scores":
+        ): # `Scores`
     "Score a model on the recipe's held-out samples, beside its base and simple opponents."
     r = _checked(load_recipe(what).set(**options))
     if not r.metric:
@@ -370,7 +379,7 @@ def test(what,         # Name, file or `Recipe` that the model was trained with
     if picture: scores.picture(picture)
     return scores
 
-# %% ../nbs/81_recipes.ipynb #046d0ac6
+# %% ../nbs/81_recipes.ipynb #65ce87c0
 def _answers(model, tokenizer, template, samples, r):
     from ftkit.training.callbacks import answers
     questions = [ft.split_answer(s)[0] for s in samples]

@@ -9,7 +9,7 @@ import ftkit
 from ftkit.cli import VERBS, main, overview
 
 torch.set_num_threads(1)
-RECIPE = "nano_lora_colors_e10"
+RECIPE = "nano_lora_colors_e4"
 COMMAND = [str(Path(sys.executable).with_name("ftkit"))]
 if not Path(COMMAND[0]).exists(): COMMAND = [sys.executable, "-m", "ftkit"]
 

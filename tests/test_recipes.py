@@ -28,7 +28,7 @@ def test_every_recipe_survives_its_file(name, tmp_path):
 
 
 def test_a_written_recipe_has_every_option_with_its_comment():
-    r = ftkit.recipe("nano_lora_colors_e10")
+    r = ftkit.recipe("nano_lora_colors_e4")
     lines = [x for x in render(r).split("recipe = Recipe(")[1].splitlines() if "=" in x]
     assert len(lines) == len(r.options()) + 5
     bare = [x for x in lines if not re.search(r"=.*\S  ?#? ?.*# \S", x)]
@@ -36,7 +36,7 @@ def test_a_written_recipe_has_every_option_with_its_comment():
 
 
 def test_a_changed_recipe_survives_its_file(here):
-    r = ftkit.recipe("nano_lora_colors_e10").set(
+    r = ftkit.recipe("nano_lora_colors_e4").set(
         targets="q_proj,v_proj", betas="0.8,0.9", trackers=["tensorboard"], eval_every=5,
         system='say "hi"\n{name} 🙂', **{"data.path": "C:\\data\\x.jsonl"})
     (here/"r.py").write_text(render(r), encoding="utf-8")
@@ -88,7 +88,7 @@ def test_from_scratch_has_the_shapes_but_not_the_weights():
 
 
 def test_a_run_resumes_bit_for_bit_from_its_own_recipe_file(here):
-    first = ftkit.train("nano_lora_colors_e10", "a", save_every=1, **TINY)
+    first = ftkit.train("nano_lora_colors_e4", "a", save_every=1, **TINY)
     saved = sorted(p.name for p in (here/"a").glob("check*"))
     assert saved == ["checkpoint-000001", "checkpoint-000002"]
     shutil.rmtree(here/"a/checkpoint-000002")
@@ -100,7 +100,7 @@ def test_a_run_resumes_bit_for_bit_from_its_own_recipe_file(here):
 
 def test_the_seed_decides_everything(here):
     def losses(seed, folder):
-        run = ftkit.train("nano_lora_colors_e10", folder, seed=seed, dropout=0.1, **TINY)
+        run = ftkit.train("nano_lora_colors_e4", folder, seed=seed, dropout=0.1, **TINY)
         return [r["loss"] for r in run.history if r["event"] == "train"]
     a, b, c = losses(1, "a"), losses(1, "b"), losses(2, "c")
     assert a == b != c
