@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['merge', 'read_pth', 'pth_to_hf']
 
-# %% ../nbs/80_convert.ipynb #b11342ba
+# %% ../nbs/80_convert.ipynb #f5f783b5
 import pickle, re, shutil
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +17,7 @@ from .models.load import (adapter_base, is_adapter, load_model, load_template, l
                                local_folder, meta_model, read_notes, resolve, save_model,
                                stored_dtype)
 
-# %% ../nbs/80_convert.ipynb #30841b1f
+# %% ../nbs/80_convert.ipynb #96f75c99
 def merge(base,    # "nano", a folder or a hub id; None takes the one that the adapter names
           adapter, # An adapter folder, a checkpoint, or a work folder
           out,     # A new or empty folder
@@ -42,7 +42,7 @@ def merge(base,    # "nano", a folder or a hub id; None takes the one that the a
     system = read_notes(source).get("system")
     return save_model(model, tokenizer, template, out, base, system, max_shard_size)
 
-# %% ../nbs/80_convert.ipynb #ce907126
+# %% ../nbs/80_convert.ipynb #911a7df2
 def _new_target(out)->Path:
     out = Path(out).expanduser()
     if out.exists() and not out.is_dir():
@@ -52,7 +52,7 @@ def _new_target(out)->Path:
                          fix="Choose a new folder, or delete this one first")
     return out
 
-# %% ../nbs/80_convert.ipynb #cf6ca9ec
+# %% ../nbs/80_convert.ipynb #c8440b4d
 class _Ignored:
     "In place of an object that is not needed."
 
@@ -64,7 +64,7 @@ def _harmless():
     return [(_Ignored, "mmengine.logging.history_buffer.HistoryBuffer"), np.ndarray, np.dtype,
             *kinds, *((rebuild, f"numpy.{m}.multiarray._reconstruct") for m in ("core", "_core"))]
 
-# %% ../nbs/80_convert.ipynb #8bb3d305
+# %% ../nbs/80_convert.ipynb #57258c82
 def read_pth(file)->dict: # Name → tensor
     "The weights in a checkpoint file of XTuner, without running anything that is in it."
     file = Path(file)
@@ -83,7 +83,7 @@ def read_pth(file)->dict: # Name → tensor
         raise FtkitError("there are no weights in it", where=file)
     return state
 
-# %% ../nbs/80_convert.ipynb #ef83db7f
+# %% ../nbs/80_convert.ipynb #34cc6b4a
 def _lora_pairs(state, where):
     "Layer name → {'A': tensor, 'B': tensor}."
     pattern = r"(?:llm\.)?base_model\.model\.(.+)\.lora_([AB])(?:\.default)?\.weight"
@@ -99,7 +99,7 @@ def _lora_pairs(state, where):
         raise FtkitError(f"one half of {half[0]} is missing", where=where)
     return pairs
 
-# %% ../nbs/80_convert.ipynb #b8cd519f
+# %% ../nbs/80_convert.ipynb #13b976d4
 def pth_to_hf(checkpoint, # A checkpoint of ftkit (folder or work folder), or a .pth file of XTuner
               out,        # A new or empty folder
               base=None,  # For a .pth file: the base model, like `load_model`
@@ -119,7 +119,7 @@ def pth_to_hf(checkpoint, # A checkpoint of ftkit (folder or work folder), or a 
     for name,layer in lora_layers(model).items(): _fill(layer, pairs[name], name, source)
     return save_model(model, tokenizer, made, out, base=base)
 
-# %% ../nbs/80_convert.ipynb #9033618a
+# %% ../nbs/80_convert.ipynb #0bff278b
 def _fill(layer, pair, name, where):
     "Put A and B into a LoRA layer."
     for part in "AB":
