@@ -461,3 +461,12 @@ def test_c4_sample():
 def test_other_layouts_are_named():
     rows = read_rows(shared("glaive_toolcall_en_demo.json"))
     with pytest.raises(FtkitError, match="'from', 'value'"): find_layout(rows)
+
+
+@pytest.mark.parametrize("row, message", [
+    ({"id": "7", "messages": []}, "rows.json, row 1, layout=auto: .*'messages' holds no turns"),
+    ({"instruction": "a", "answer": "b"}, "rows.json, row 1, layout=auto: no layout fits"),
+    ({"instruction": "a", "output": "b", "text": "c"}, "rows.json, row 1, layout=auto: two layouts")])
+def test_a_layout_that_is_not_found_names_the_file(tmp_path, row, message):
+    (tmp_path/"rows.json").write_text(json.dumps([row]))
+    with pytest.raises(FtkitError, match=message): find_layout(read_rows(tmp_path/"rows.json"))

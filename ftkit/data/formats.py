@@ -6,14 +6,14 @@
 __all__ = ['COLORIST', 'Rows', 'read_rows', 'Layout', 'from_alpaca', 'from_conversation', 'from_messages', 'from_colors',
            'from_text', 'layouts', 'find_layout', 'to_messages']
 
-# %% ../../nbs/31_data.formats.ipynb #d3a6eae5
+# %% ../../nbs/31_data.formats.ipynb #fd274918
 import json
 from dataclasses import dataclass
 from pathlib import Path
 from ..core import FtkitError, unknown_name
 from .templates import Message, as_messages
 
-# %% ../../nbs/31_data.formats.ipynb #5ac5bf48
+# %% ../../nbs/31_data.formats.ipynb #c8c4d502
 class Rows(list):
     "A list that knows where its items came from."
     def __init__(self, items=(),
@@ -28,7 +28,7 @@ class Rows(list):
         where,n = self.places[i]
         return where if n is None else f"{where} {n}"
 
-# %% ../../nbs/31_data.formats.ipynb #949e34f0
+# %% ../../nbs/31_data.formats.ipynb #5587b93f
 def _text_of(path):
     try: return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as e:
@@ -54,7 +54,7 @@ def _read_jsonl(text, path):
         rows.places.append((f"{path}, line", n))
     return rows
 
-# %% ../../nbs/31_data.formats.ipynb #bd579175
+# %% ../../nbs/31_data.formats.ipynb #a90ee0ac
 def _read_json(text, path):
     try: found = json.loads(text)
     except json.JSONDecodeError as e:
@@ -77,7 +77,7 @@ def _read_txt(text, path):
     return Rows([{"text": text}] if text.strip() else [], [(str(path), None)])
 _READERS = {".json": _read_json, ".jsonl": _read_jsonl, ".txt": _read_txt}
 
-# %% ../../nbs/31_data.formats.ipynb #0f40ada9
+# %% ../../nbs/31_data.formats.ipynb #d4b356f2
 def _builtin(name):
     kind,_,part = name.partition("/")
     if kind == "colors" and part in ("", "all", "train", "test"):
@@ -95,7 +95,7 @@ def _builtin(name):
                             "nano_text/1000", "small_talk"])
     return Rows(found, [(f"builtin:{name}, row", n) for n in range(1, len(found) + 1)])
 
-# %% ../../nbs/31_data.formats.ipynb #dd2518cf
+# %% ../../nbs/31_data.formats.ipynb #5c3b19a1
 def read_rows(path)->Rows: # File, folder, or a name such as "builtin:colors/train"
     "The rows of a data file, as dictionaries."
     if str(path).startswith("builtin:"): return _builtin(str(path).removeprefix("builtin:"))
@@ -118,7 +118,7 @@ def read_rows(path)->Rows: # File, folder, or a name such as "builtin:colors/tra
     if not out: raise FtkitError("there are no rows in it", where=path)
     return out
 
-# %% ../../nbs/31_data.formats.ipynb #03b30c6e
+# %% ../../nbs/31_data.formats.ipynb #00e81072
 @dataclass(frozen=True)
 class Layout:
     "How the columns of a row become messages."
@@ -142,7 +142,7 @@ def _get(row, name, default=None):
                          fix="Rename the column, or choose another layout")
     raise FtkitError(f"the column {name!r} holds {type(value).__name__}, not text")
 
-# %% ../../nbs/31_data.formats.ipynb #f8a343c0
+# %% ../../nbs/31_data.formats.ipynb #5f7d6b8e
 def from_alpaca(row:dict)->list: # None for a row without an answer
     "Messages of `instruction`, `input`, `output`, and perhaps `system`."
     instruction,extra,output = _get(row, "instruction"),_get(row, "input", ""),_get(row, "output")
@@ -156,7 +156,7 @@ def from_alpaca(row:dict)->list: # None for a row without an answer
 
 def _system(row): return [Message("system", row["system"])] if _get(row, "system", "") else []
 
-# %% ../../nbs/31_data.formats.ipynb #eb3f63f1
+# %% ../../nbs/31_data.formats.ipynb #d7a012ad
 def from_conversation(row:dict)->list:
     "Messages of a `conversation` of turns with `input` and `output`."
     out = []
@@ -180,7 +180,7 @@ def _turns(row, *names):
     if not turns: raise FtkitError(f"the conversation in {name!r} is empty", fix="Remove the row")
     return turns
 
-# %% ../../nbs/31_data.formats.ipynb #9b66a67b
+# %% ../../nbs/31_data.formats.ipynb #41479dd3
 def from_messages(row:dict)->list:
     "Messages of a list of `role` and `content`."
     turns = _turns(row, "messages", "conversation", "conversations")
@@ -203,7 +203,7 @@ def _message(m, n):
     if loss is None and role == "assistant": loss = m.get("weight")
     return Message(role, _get({**m, "content": content}, "content"), loss)
 
-# %% ../../nbs/31_data.formats.ipynb #c063a5c8
+# %% ../../nbs/31_data.formats.ipynb #53f24028
 COLORIST = ("You are a professional color designer. "
             "Please provide the corresponding colors based on the description of Human.")
 
@@ -217,7 +217,7 @@ def from_text(row:dict)->list:
     "The one message of a `text` for pre-training."
     return [Message("text", _get(row, "text"))]
 
-# %% ../../nbs/31_data.formats.ipynb #fc28b88f
+# %% ../../nbs/31_data.formats.ipynb #4c551d2d
 def _turn_keys(row, names, *keys):
     "Whether a column holds turns with these keys."
     for n in names:
@@ -226,7 +226,7 @@ def _turn_keys(row, names, *keys):
             and all(k in turns[0] for k in keys)): return True
     return False
 
-# %% ../../nbs/31_data.formats.ipynb #d2ca3483
+# %% ../../nbs/31_data.formats.ipynb #c5eb6ad9
 _LAYOUTS = {l.name: l for l in (
     Layout("alpaca", "instruction, output, and perhaps input and system", from_alpaca,
            "One question and one answer a row.", lambda r: _has(r, "instruction", "output")),
@@ -245,10 +245,11 @@ def layouts()->dict: # Name to Layout
     "All layouts there are."
     return dict(_LAYOUTS)
 
-# %% ../../nbs/31_data.formats.ipynb #0e15389b
+# %% ../../nbs/31_data.formats.ipynb #b1257b85
 def find_layout(rows # Rows; or names of columns, which don't tell `conversation` from `messages`
                )->str: # Name of a layout
     "The name of the one layout that fits."
+    where = "layout=auto" if not hasattr(rows, "place") else f"{rows.place(0)}, layout=auto"
     rows = list(rows)[:100]
     if not rows: raise FtkitError("there are no rows to tell the layout from")
     if isinstance(rows[0], str): rows = [dict.fromkeys(rows, "")]
@@ -260,12 +261,15 @@ def find_layout(rows # Rows; or names of columns, which don't tell `conversation
             found += f" ({n!r} has turns of {', '.join(map(repr, turns[0]))})"
     if fits:
         raise FtkitError(f"two layouts fit, {' and '.join(fits)}; the columns are {found}",
-                         where="layout=auto", fix=f"Say which is meant: layout={fits[0]}")
+                         where=where, fix=f"Say which is meant: layout={fits[0]}")
+    if [] in rows[0].values():
+        column = next(c for c,turns in rows[0].items() if turns == [])
+        raise FtkitError(f"the conversation is empty: {column!r} holds no turns", where)
     known = "; ".join(f"{n}: {l.columns}" for n,l in _LAYOUTS.items())
-    raise FtkitError(f"no layout fits; found the columns {found}", where="layout=auto",
+    raise FtkitError(f"no layout fits; found the columns {found}", where=where,
                      fix=f"Expected one of: {known}")
 
-# %% ../../nbs/31_data.formats.ipynb #0d3cf961
+# %% ../../nbs/31_data.formats.ipynb #386e1e0c
 def to_messages(rows,           # Dictionaries
                 layout="auto",  # Name of a layout
                 system:str=None,# System message for rows that bring none; "" for none at all
