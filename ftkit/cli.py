@@ -6,20 +6,20 @@
 __all__ = ['SHOWS', 'list_dataset_format', 'log_dataset', 'check_custom_dataset', 'Verb', 'option', 'overview', 'read_line',
            'explain', 'main']
 
-# %% ../nbs/82_cli.ipynb #c889f4df
+# %% ../nbs/82_cli.ipynb #db6b6266
 import difflib, json, os, sys
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from dataclasses import dataclass
 from pathlib import Path
 import ftkit as ft
 
-# %% ../nbs/82_cli.ipynb #a891a313
+# %% ../nbs/82_cli.ipynb #b0393ed7
 def list_dataset_format()->None:
     "Print the layouts of data files: name, columns of a row, meaning."
     for name,layout in ft.layouts().items():
         print(f"{name:13} {layout.columns}\n{'':13} {layout.doc}")
 
-# %% ../nbs/82_cli.ipynb #a243230f
+# %% ../nbs/82_cli.ipynb #66e54bcf
 SHOWS = "text masked_text input_ids labels all".split()
 
 def log_dataset(what,           # Name, file or `Recipe`
@@ -45,7 +45,7 @@ def _print(thing):
     from rich.console import Console
     Console(highlight=False).print(thing)
 
-# %% ../nbs/82_cli.ipynb #538e8cae
+# %% ../nbs/82_cli.ipynb #ded5ff9f
 def check_custom_dataset(file,                     # A data file
                          layout:str="auto",        # Name of its layout
                          template:str="tokenizer", # Template to render it with
@@ -68,7 +68,7 @@ def check_custom_dataset(file,                     # A data file
     print(f"layout {layout}, template {name}: {len(errors):,} bad rows, {counts}")
     return errors
 
-# %% ../nbs/82_cli.ipynb #7e3c403f
+# %% ../nbs/82_cli.ipynb #87207588
 _COUNTS = dict(rows="good rows", tokens="tokens", learned="of them learned", truncated="rows cut")
 
 def _sift(rows, work, errors):
@@ -89,7 +89,7 @@ def _likely_layout(rows):
         except ft.FtkitError: pass
     return max(votes, key=votes.count) if votes else ft.find_layout(rows)
 
-# %% ../nbs/82_cli.ipynb #08a5ea09
+# %% ../nbs/82_cli.ipynb #995a81fc
 def _readable(file):
     "The rows of a file that can be read, and errors for the lines that can not."
     try: return ft.read_rows(file),[]
@@ -106,7 +106,7 @@ def _readable(file):
             errors.append(ft.FtkitError(found, where=f"{file}, line {n}"))
     return rows,errors
 
-# %% ../nbs/82_cli.ipynb #588d87b2
+# %% ../nbs/82_cli.ipynb #1d24c749
 @dataclass
 class Verb:
     "A command."
@@ -126,7 +126,7 @@ def option(names:str,    # "FILE" for an argument, "--seed" or "-p --pattern" fo
         help,how = f"{help} ({default})",dict(default=default, type=type(default), **how)
     return names.split(),dict(help=help, **how)
 
-# %% ../nbs/82_cli.ipynb #d235bbe9
+# %% ../nbs/82_cli.ipynb #a97836cb
 _WHAT = option("RECIPE", "name of a recipe, or a recipe file ending in .py")
 _SET = option("--set --cfg-options", "change options: --set lr=1e-3 train.max_steps=50",
               nargs="+", action="extend", metavar="KEY=VALUE")
@@ -149,7 +149,7 @@ def _train(args):
     run = ft.train(args.recipe, args.work_dir, args.resume, args.seed, **options)
     print(f"{run!r}\nTalk to it:  ftkit chat {run.work_dir}", file=sys.stderr)
 
-# %% ../nbs/82_cli.ipynb #84ed54ba
+# %% ../nbs/82_cli.ipynb #72fa9bec
 def _list_cfg(args):
     names = ft.list_recipes(args.pattern)
     if names: return print(*names, sep="\n")
@@ -162,7 +162,7 @@ def _test(args):
     _print(ft.test(args.recipe, args.checkpoint, args.picture, **_changes(args)))
     if args.picture: print(f"The picture is in {args.picture}", file=sys.stderr)
 
-# %% ../nbs/82_cli.ipynb #f237aea1
+# %% ../nbs/82_cli.ipynb #ad8eee0c
 _FOLDER = "run, checkpoint, adapter or model folder"
 
 VERBS = {
@@ -187,7 +187,7 @@ VERBS = {
         _WHAT, _SET, option("--checkpoint", _FOLDER, required=True),
         option("--picture", "draw expected and answered colours into this file")], _test)}
 
-# %% ../nbs/82_cli.ipynb #dc045712
+# %% ../nbs/82_cli.ipynb #6a1d1e70
 def _chat(args):
     how = {k: v for k,v in vars(args).items() if k not in ("path", "prompt", "debug")}
     if not args.prompt: return ft.chat(args.path, **how)
@@ -203,7 +203,7 @@ def _pth_to_hf(args):
     r = ft.load_recipe(args.recipe).set(**_changes(args))
     print(ft.pth_to_hf(args.checkpoint, args.out, r.model.path, r.lora, r.data.template))
 
-# %% ../nbs/82_cli.ipynb #94be926b
+# %% ../nbs/82_cli.ipynb #8b115267
 _OUT = option("OUT", "a new folder")
 
 VERBS |= {
@@ -227,7 +227,7 @@ VERBS |= {
                               "convert pth_to_hf my_recipe.py epoch_3.pth adapter", [
         _WHAT, option("CHECKPOINT", "a folder, or a .pth file of XTuner"), _OUT, _SET], _pth_to_hf)}
 
-# %% ../nbs/82_cli.ipynb #0c553575
+# %% ../nbs/82_cli.ipynb #d95b4bd9
 def _log_dataset(args): log_dataset(args.recipe, args.show, **_changes(args))
 
 def _check(args):
@@ -254,7 +254,7 @@ VERBS |= {
     "version": Verb("Show the versions of ftkit and of what it stands on.",
                     "version", [], _version)}
 
-# %% ../nbs/82_cli.ipynb #abd0b4f9
+# %% ../nbs/82_cli.ipynb #5c177610
 def overview()->str:
     "All verbs with their sentences."
     lines = [f"  {name:21} {v.about}" for name,v in VERBS.items()]
@@ -262,7 +262,7 @@ def overview()->str:
                       "`ftkit VERB --help` shows a verb's options, --debug where an error is from.",
                       "Start with:  ftkit train nano_lora_colors_e4"])
 
-# %% ../nbs/82_cli.ipynb #cbad545d
+# %% ../nbs/82_cli.ipynb #9efab122
 class _Usage(Exception): "The line cannot be understood."
 
 class _Parser(ArgumentParser):
@@ -280,7 +280,7 @@ def _split(argv):
     near = _near(argv[0], VERBS)
     raise _Usage(f"ftkit: unknown verb {argv[0]!r}.{near} `ftkit --help` shows all.")
 
-# %% ../nbs/82_cli.ipynb #d5530cd4
+# %% ../nbs/82_cli.ipynb #78f70041
 def read_line(argv:list # The words after "ftkit"
              )->tuple:  # The `Verb`, what its options say
     "Understand a command line."
@@ -296,7 +296,7 @@ def read_line(argv:list # The words after "ftkit"
     if left: parser.error(f"cannot use {left[0]!r}.{_near(left[0].split('=')[0], known)}")
     return verb,args
 
-# %% ../nbs/82_cli.ipynb #730723ab
+# %% ../nbs/82_cli.ipynb #4897aee6
 def explain(e:BaseException # What was raised
            )->tuple:        # Exit code; what to tell the user
     "What an error means on the command line."
@@ -310,7 +310,7 @@ def explain(e:BaseException # What was raised
     if isinstance(e, OSError) and e.filename: return 1,f"ftkit: {e.filename}: {e.strerror}."
     return 1,f"ftkit: {type(e).__name__}: {e}. This may be a mistake in ftkit: --debug shows where."
 
-# %% ../nbs/82_cli.ipynb #654d2391
+# %% ../nbs/82_cli.ipynb #c9c27308
 def main(argv:list=None # The words after "ftkit"; those of this process if None
         )->int:         # Exit code
     "The `ftkit` command."

@@ -6,14 +6,14 @@
 __all__ = ['DTYPES', 'log', 'FtkitError', 'unknown_name', 'need', 'pick_device', 'pick_dtype', 'seed_everything', 'rng_state',
            'set_rng_state', 'rank', 'is_main', 'say', 'in_notebook', 'new_folder', 'write_file', 'read_json']
 
-# %% ../nbs/00_core.ipynb #4a58c4e2
+# %% ../nbs/00_core.ipynb #ad394db0
 import difflib, errno, importlib, json, logging, os, random, shutil, sys
 from contextlib import contextmanager
 from pathlib import Path
 import numpy as np
 import torch
 
-# %% ../nbs/00_core.ipynb #03deab8b
+# %% ../nbs/00_core.ipynb #6b965c70
 class FtkitError(Exception):
     "An error that a user can act on: where it happened, what is wrong, what to do."
     def __init__(self,
@@ -26,7 +26,7 @@ class FtkitError(Exception):
         ended = [p if p.endswith((".", "!", "?", ":")) else p + "." for p in parts]
         super().__init__(" ".join(ended))
 
-# %% ../nbs/00_core.ipynb #9c374e73
+# %% ../nbs/00_core.ipynb #56488377
 def unknown_name(what:str,   # What kind of name it is, e.g. "recipe"
                  name:str,   # What was asked for
                  known,      # All the names there are
@@ -40,7 +40,7 @@ def unknown_name(what:str,   # What kind of name it is, e.g. "recipe"
             else f"There are: {', '.join(sorted(known)[:12])}.")
     return FtkitError(f"unknown {what} {name!r}. {hint}", fix=fix)
 
-# %% ../nbs/00_core.ipynb #238ad4a8
+# %% ../nbs/00_core.ipynb #40a9b1cf
 def need(package:str,    # Name to import
          extra:str=None, # ftkit's extra that brings it, e.g. "deepspeed"
          why:str=None):  # What it is needed for
@@ -54,7 +54,7 @@ def need(package:str,    # Name to import
         raise FtkitError(problem,
                          fix=f"Run: pip install '{how}'") from e
 
-# %% ../nbs/00_core.ipynb #df633778
+# %% ../nbs/00_core.ipynb #c4cfebec
 def pick_device(device="auto" # "auto", "cpu", "cuda", "cuda:1", "mps" or a torch.device
                )->torch.device:
     "The device to use; `auto` is the accelerator of this process if there is one."
@@ -70,7 +70,7 @@ def pick_device(device="auto" # "auto", "cpu", "cuda", "cuda:1", "mps" or a torc
     if torch.cuda.is_available(): return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
-# %% ../nbs/00_core.ipynb #5ef98813
+# %% ../nbs/00_core.ipynb #f4542552
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 def pick_dtype(dtype="auto",  # "auto", "fp32", "bf16", "fp16", torch's own names, or a torch.dtype
@@ -85,7 +85,7 @@ def pick_dtype(dtype="auto",  # "auto", "fp32", "bf16", "fp16", torch's own name
     native = torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.bfloat16 if native else torch.float32
 
-# %% ../nbs/00_core.ipynb #b18b0d03
+# %% ../nbs/00_core.ipynb #12b09d5c
 def seed_everything(seed:int)->None:
     "Seed Python's, NumPy's and torch's generators (all devices)."
     random.seed(seed); np.random.seed(seed % 2**32); torch.manual_seed(seed)
@@ -99,7 +99,7 @@ def rng_state()->tuple: # What JSON can hold; tensors for safetensors
     if torch.cuda.is_available(): tensors["rng.cuda"] = torch.cuda.get_rng_state()
     return plain,tensors
 
-# %% ../nbs/00_core.ipynb #99bee609
+# %% ../nbs/00_core.ipynb #333cf794
 def set_rng_state(plain:dict, tensors:dict)->None:
     "Put back what `rng_state` returned, also after a round trip through JSON and safetensors."
     version,internal,gauss = plain["python"]
@@ -111,7 +111,7 @@ def set_rng_state(plain:dict, tensors:dict)->None:
     if "rng.cuda" in tensors and torch.cuda.is_available():
         torch.cuda.set_rng_state(tensors["rng.cuda"].cpu())
 
-# %% ../nbs/00_core.ipynb #a0f5ab81
+# %% ../nbs/00_core.ipynb #b85279dd
 def rank()->int:
     "The number of this process among all, from 0."
     return int(os.environ.get("RANK", 0))
@@ -132,7 +132,7 @@ def in_notebook()->bool:
     shell = sys.modules["IPython"].get_ipython()
     return shell is not None and hasattr(shell, "kernel")
 
-# %% ../nbs/00_core.ipynb #df28029a
+# %% ../nbs/00_core.ipynb #9858046f
 def _disk_error(e:OSError, path)->FtkitError:
     if e.errno not in (errno.ENOSPC, errno.EDQUOT): return None
     there = next(p for p in [Path(path).absolute(), *Path(path).absolute().parents] if p.exists())
@@ -145,7 +145,7 @@ def _sync(path):
     try: os.fsync(fd)
     finally: os.close(fd)
 
-# %% ../nbs/00_core.ipynb #b87ccfdf
+# %% ../nbs/00_core.ipynb #f55d9c19
 @contextmanager
 def new_folder(path):  # The folder that appears, complete, when the block ends without an error
     "Yield a folder beside `path` that takes its place at the end, or vanishes on any error."
@@ -161,7 +161,7 @@ def new_folder(path):  # The folder that appears, complete, when the block ends 
         raise
     finally: shutil.rmtree(tmp, ignore_errors=True)
 
-# %% ../nbs/00_core.ipynb #6a573bf7
+# %% ../nbs/00_core.ipynb #19f697ce
 def _swap_in(tmp, path):
     "Move the folder `tmp` to `path`; one that is in the way goes aside first, deleted last."
     old = path.with_name(f".{path.name}.{os.getpid()}.old")
@@ -173,7 +173,7 @@ def _swap_in(tmp, path):
     _sync(path.parent)
     shutil.rmtree(old, ignore_errors=True)
 
-# %% ../nbs/00_core.ipynb #062886a9
+# %% ../nbs/00_core.ipynb #cd87b34f
 def write_file(path, content)->Path: # Text or bytes
     "Write a file in one step: it is there whole, or as it was before."
     path = Path(path)
@@ -189,7 +189,7 @@ def write_file(path, content)->Path: # Text or bytes
     finally: tmp.unlink(missing_ok=True)
     return path
 
-# %% ../nbs/00_core.ipynb #f515e492
+# %% ../nbs/00_core.ipynb #4f8471e2
 def read_json(path):
     "What a JSON file holds, or an error with its line and column."
     path = Path(path)
