@@ -5,17 +5,17 @@
 # %% auto #0
 __all__ = ['SPECIAL', 'nano_path', 'empty_tokenizer', 'train_tokenizer', 'nano_config']
 
-# %% ../../nbs/03_nano.base.ipynb #18b92f01
+# %% ../../nbs/03_nano.base.ipynb #e7a73b8c
 import json
 from importlib import resources
 from pathlib import Path
 
-# %% ../../nbs/03_nano.base.ipynb #b948eb19
+# %% ../../nbs/03_nano.base.ipynb #6ff5b813
 def nano_path()->Path: # Folder with config.json, model.safetensors and the tokenizer's files
     "The folder of the built-in model."
     return Path(str(resources.files("ftkit")))/"assets"/"nano"
 
-# %% ../../nbs/03_nano.base.ipynb #7e290283
+# %% ../../nbs/03_nano.base.ipynb #e84381a0
 SPECIAL = ["<pad>", "<s>", "</s>", "<|im_start|>", "<|im_end|>"]
 _WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _CODES = r"(?<=" + "|".join("#" + "[0-9a-fA-F]"*i for i in range(6)) + r")[0-9a-fA-F]"
@@ -30,7 +30,7 @@ def empty_tokenizer():
     tok.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
     return tok
 
-# %% ../../nbs/03_nano.base.ipynb #e4d73003
+# %% ../../nbs/03_nano.base.ipynb #42a5c06a
 def train_tokenizer(texts,               # Iterable of str
                     vocab_size:int=2048  # Size of the table, special tokens and bytes included
                    ): # transformers' PreTrainedTokenizerFast
@@ -43,7 +43,7 @@ def train_tokenizer(texts,               # Iterable of str
         show_progress=False))
     return _with_bytes(tok, start)
 
-# %% ../../nbs/03_nano.base.ipynb #a91e060f
+# %% ../../nbs/03_nano.base.ipynb #00204ae1
 CHATML = ("{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' "
           "+ message['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
           "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
@@ -66,7 +66,7 @@ def _with_bytes(tok, start):
     fast.chat_template = CHATML
     return fast
 
-# %% ../../nbs/03_nano.base.ipynb #7035bbbc
+# %% ../../nbs/03_nano.base.ipynb #b3925219
 def nano_config(vocab_size:int=2048, **changes): # Anything of transformers' LlamaConfig
     "The architecture of nano as a `LlamaConfig`."
     from transformers import LlamaConfig

@@ -6,15 +6,15 @@
 __all__ = ['BASIC', 'is_held_out', 'color_rows', 'parse_color', 'hex_to_rgb', 'rgb_to_hex', 'rgb_to_lab', 'lab_to_rgb',
            'ciede2000', 'score_colors', 'best_constant', 'baselines', 'swatches']
 
-# %% ../../nbs/01_nano.colors.ipynb #42990e42
+# %% ../../nbs/01_nano.colors.ipynb #61e931d4
 import hashlib, re
 import numpy as np
 from ..core import unknown_name
 
-# %% ../../nbs/01_nano.colors.ipynb #dcaf32a4
+# %% ../../nbs/01_nano.colors.ipynb #fdcc73bf
 BASIC = "black white red green yellow blue brown purple pink orange grey gray".split()
 
-# %% ../../nbs/01_nano.colors.ipynb #9dc2348b
+# %% ../../nbs/01_nano.colors.ipynb #c8260e7b
 def is_held_out(name:str)->bool:
     "Whether a colour name belongs to the test part: one in five, by the SHA-256 of the name."
     return name not in BASIC and int(hashlib.sha256(name.encode()).hexdigest(), 16) % 5 == 0
@@ -28,14 +28,14 @@ def color_rows(split:str="all" # "train", "test" or "all"
     if split not in ("train", "test"): raise unknown_name("split", split, ["train", "test", "all"])
     return [r for r in rows if is_held_out(r["description"]) == (split == "test")]
 
-# %% ../../nbs/01_nano.colors.ipynb #aa7a264e
+# %% ../../nbs/01_nano.colors.ipynb #38fe14fa
 def parse_color(text:str # What the model said
                )->str:   # "#rrggbb" in lower case, or None
     "The one colour in an answer, or None where there is not exactly one."
     found = re.findall(r"#[0-9a-fA-F]{6}(?![0-9a-fA-F])", text)
     return found[0].lower() if len(found) == 1 else None
 
-# %% ../../nbs/01_nano.colors.ipynb #e8a0fe60
+# %% ../../nbs/01_nano.colors.ipynb #815da225
 def hex_to_rgb(colors)->np.ndarray: # Values in [0, 1], [number of colours, 3]
     "Read colours of the form `#rrggbb`."
     return np.array([[int(c[i:i + 2], 16) for i in (1, 3, 5)] for c in colors], dtype=float)/255
@@ -45,7 +45,7 @@ def rgb_to_hex(rgb)->list:
     ints = np.clip(np.rint(np.asarray(rgb)*255), 0, 255).astype(int)
     return ["#%02x%02x%02x" % tuple(c) for c in ints.reshape(-1, 3)]
 
-# %% ../../nbs/01_nano.colors.ipynb #f5786766
+# %% ../../nbs/01_nano.colors.ipynb #1ab00d7d
 _WHITE = np.array([0.95047, 1.0, 1.08883])  # Daylight, D65
 _TO_XYZ = np.array([[0.4124564, 0.3575761, 0.1804375],
                     [0.2126729, 0.7151522, 0.0721750],
@@ -60,7 +60,7 @@ def rgb_to_lab(rgb # Values in [0, 1], [n, 3]
     f = np.where(t > 216/24389, np.cbrt(t), (24389/27*t + 16)/116)
     return np.stack([116*f[:,1] - 16, 500*(f[:,0] - f[:,1]), 200*(f[:,1] - f[:,2])], 1)
 
-# %% ../../nbs/01_nano.colors.ipynb #7db66e1e
+# %% ../../nbs/01_nano.colors.ipynb #53f4931b
 def lab_to_rgb(lab)->np.ndarray: # Values in [0, 1] where the screen can show the colour, [n, 3]
     "From CIE L*a*b* back to sRGB."
     lab = np.asarray(lab, dtype=float)
@@ -71,7 +71,7 @@ def lab_to_rgb(lab)->np.ndarray: # Values in [0, 1] where the screen can show th
     bent = 1.055*np.clip(linear, 0, None)**(1/2.4) - 0.055
     return np.where(linear <= 0.0031308, 12.92*linear, bent)
 
-# %% ../../nbs/01_nano.colors.ipynb #1bfe2bd4
+# %% ../../nbs/01_nano.colors.ipynb #0a1fb7a9
 def _chroma_hue(l1, l2):
     "Chroma and hue (degrees) of both colours, with the a* axis stretched near grey."
     c = (np.hypot(l1[:,1], l1[:,2]) + np.hypot(l2[:,1], l2[:,2]))/2
@@ -79,7 +79,7 @@ def _chroma_hue(l1, l2):
     pairs = [(g*l[:,1], l[:,2]) for l in (l1, l2)]
     return [(np.hypot(a, b), np.degrees(np.arctan2(b, a)) % 360) for a,b in pairs]
 
-# %% ../../nbs/01_nano.colors.ipynb #a02a98d8
+# %% ../../nbs/01_nano.colors.ipynb #2960e5ee
 def ciede2000(lab1, lab2)->np.ndarray: # Distances, [n]
     "CIEDE2000 differences of two arrays of L*a*b* colours, [n, 3] each (Sharma, Wu, Dalal 2005)."
     l1,l2 = np.atleast_2d(lab1).astype(float),np.atleast_2d(lab2).astype(float)
@@ -98,7 +98,7 @@ def ciede2000(lab1, lab2)->np.ndarray: # Distances, [n]
     l,c,h = dl/sl, dc/sc, dH/sh
     return np.sqrt(np.maximum(l*l + c*c + h*h + rt*c*h, 0))
 
-# %% ../../nbs/01_nano.colors.ipynb #7fe08c5d
+# %% ../../nbs/01_nano.colors.ipynb #2008a962
 def score_colors(answers:list,  # What the model said, one text a name
                  expected:list  # The right colours, "#rrggbb"
                 )->dict: # "valid": share in [0, 1]; "distance": mean CIEDE2000 (invalid: 100)
@@ -111,7 +111,7 @@ def score_colors(answers:list,  # What the model said, one text a name
     d = np.where([s is None for s in said], 100.0, d)
     return dict(valid=sum(s is not None for s in said)/len(said), distance=float(d.mean()))
 
-# %% ../../nbs/01_nano.colors.ipynb #b25744d3
+# %% ../../nbs/01_nano.colors.ipynb #651a27c1
 def _ngrams(names, n=5):
     "All runs of 1…n characters of each name, a space at both ends."
     return [[f" {s} "[i:i + k] for k in range(1, n + 1) for i in range(len(s) + 3 - k)]
@@ -127,7 +127,7 @@ def _kernel(a, b):
         return x/np.linalg.norm(x, axis=1, keepdims=True)
     return unit(a)@unit(b).T
 
-# %% ../../nbs/01_nano.colors.ipynb #ba1b564d
+# %% ../../nbs/01_nano.colors.ipynb #5bac9173
 def best_constant(colors:list # Training colours, "#rrggbb"
                  )->str:
     "The one colour with the smallest mean CIEDE2000 distance to all of `colors` (pattern search)."
@@ -141,7 +141,7 @@ def best_constant(colors:list # Training colours, "#rrggbb"
         else: step /= 2
     return rgb_to_hex(lab_to_rgb(best[None]))[0]
 
-# %% ../../nbs/01_nano.colors.ipynb #2c59c7c7
+# %% ../../nbs/01_nano.colors.ipynb #7d28014a
 def baselines(train:list, # Rows to learn from, {"description", "color"}
               test:list,  # Held-out rows
               strength:float=0.3 # Ridge penalty
@@ -157,7 +157,7 @@ def baselines(train:list, # Rows to learn from, {"description", "color"}
     return {"best constant": [best_constant(colors)]*len(test),
             "nearest spelling": nearest, "ridge on letters": ridge}
 
-# %% ../../nbs/01_nano.colors.ipynb #0aac1671
+# %% ../../nbs/01_nano.colors.ipynb #8bca8ab9
 def swatches(rows:list,    # {"description", "color"}
              answers:list, # What was answered, one text a row
              columns:int=3 # Names side by side

@@ -7,7 +7,7 @@ __all__ = ['HUES', 'THINGS', 'MODIFIERS', 'TINTS', 'PATTERNS', 'NEIGHBOURS', 'SA
            'mix', 'code', 'colour_word', 'made_up', 'slip', 'phrase', 'colour_text', 'code_text', 'in_words',
            'thing_text', 'prose', 'corpus', 'small_talk']
 
-# %% ../../nbs/02_nano.corpus.ipynb #49641063
+# %% ../../nbs/02_nano.corpus.ipynb #29f6c3ab
 import ast, importlib.util, random, re
 from functools import lru_cache
 from pathlib import Path
@@ -15,10 +15,10 @@ import numpy as np
 from . import colors
 from .colors import color_rows, hex_to_rgb, rgb_to_lab
 
-# %% ../../nbs/02_nano.corpus.ipynb #2e64e0f5
+# %% ../../nbs/02_nano.corpus.ipynb #a8b3ad42
 _WHITE,_FROM_XYZ = colors._WHITE.tolist(),np.linalg.inv(colors._TO_XYZ).tolist()
 
-# %% ../../nbs/02_nano.corpus.ipynb #615a85ce
+# %% ../../nbs/02_nano.corpus.ipynb #0d353852
 HUES = """black 000000, white ffffff, red e0101a, green 1f9a2c, blue 1347d6, yellow fbe51b,
 orange f8801a, brown 653a10, purple 7e1f9c, pink fb7fc0, grey 8f9290, gray 8f9290, teal 038b86,
 turquoise 10c2b2, aqua 18e6cf, cyan 10f2f5, violet 8f14e8, indigo 3a0c8a, maroon 650a22,
@@ -45,7 +45,7 @@ thistle c9acd6, iris 6357c2, hyacinth 6a5ccc, cornflower 6b7cf0, mulberry 920b4e
 cranberry 9e013a, tea 66ac7c, seafoam 84f7b0, aquamarine 2fe6b6, cadet 5b8fa0, petrol 055e69,
 viridian 1f9266, malachite 10d06a"""
 
-# %% ../../nbs/02_nano.corpus.ipynb #0138b955
+# %% ../../nbs/02_nano.corpus.ipynb #146f673b
 THINGS = """grass 4f9a20, moss 66803a, lichen a3b18a, fern 4f8a3c, ivy 2f5e33, seaweed 2a6b47,
 algae 5a9a50, kelp 4d5a22, cactus 4f7f45, clover 3f8f3a, bamboo a3b35a, willow 9aa86a,
 spruce 1f4f3f, cedar 9a5f40, oak 9a7040, walnut 5c4030, bark 5f4a35, acorn 8a5a2a, lettuce a8d87a,
@@ -100,7 +100,7 @@ diesel 4f4a30, neon 39ff50, laser f01028, hospital a8dcc8, army 56602f, military
 school f0b818, fire-engine d01a18, taxi fac818, royal 2a3a98, bridal fbf8f4, camouflage 70783f,
 dollar 78905f"""
 
-# %% ../../nbs/02_nano.corpus.ipynb #bb2e66a0
+# %% ../../nbs/02_nano.corpus.ipynb #62a37617
 @lru_cache
 def _banned():
     "The held-out names cut into words and other characters, by their first word."
@@ -116,7 +116,7 @@ def names_held_out(text:str)->bool:
     return any(parts[i:i + len(name)] == name
                for i,part in enumerate(parts) if part in banned for name in banned[part])
 
-# %% ../../nbs/02_nano.corpus.ipynb #f3205852
+# %% ../../nbs/02_nano.corpus.ipynb #8f94effb
 @lru_cache
 def lexicon(table:str)->tuple: # (word, colour as CIE L*a*b*) pairs
     "Read one of the tables, without the words that are held-out names."
@@ -126,7 +126,7 @@ def lexicon(table:str)->tuple: # (word, colour as CIE L*a*b*) pairs
     lab = rgb_to_lab(hex_to_rgb([c for w,c in pairs]))
     return tuple((w, tuple(l)) for (w,_),l in zip(pairs, lab.tolist()))
 
-# %% ../../nbs/02_nano.corpus.ipynb #3e561442
+# %% ../../nbs/02_nano.corpus.ipynb #0f368f45
 MODIFIERS = {  # word: (lightness target, its pull, chroma factor)
     "light": (88, .45, .85), "lighter": (85, .35, .9), "lightish": (78, .25, .95),
     "very light": (94, .7, .6), "pale": (90, .6, .55), "very pale": (95, .8, .35),
@@ -149,7 +149,7 @@ TINTS = {"reddish": "red", "greenish": "green", "bluish": "blue", "blueish": "bl
          "purpley": "purple", "pinkish": "pink", "greeny": "green", "bluey": "blue",
          "yellowy": "yellow", "browny": "brown", "reddy": "red", "greyish": "grey"}
 
-# %% ../../nbs/02_nano.corpus.ipynb #2a4e2510
+# %% ../../nbs/02_nano.corpus.ipynb #b156ada1
 def modify(lab, word:str)->tuple:
     "Apply a modifier to a colour in L*a*b*."
     target,pull,chroma = MODIFIERS[word]
@@ -171,7 +171,7 @@ def code(lab)->str:
         out += f"{min(max(round(255*v), 0), 255):02x}"
     return out
 
-# %% ../../nbs/02_nano.corpus.ipynb #13a5579f
+# %% ../../nbs/02_nano.corpus.ipynb #7a1efd8c
 @lru_cache
 def _tables(): return dict(lexicon(HUES)), lexicon(HUES), lexicon(THINGS)
 
@@ -186,7 +186,7 @@ def colour_word(rng:random.Random)->tuple: # The word or two; the colour as L*a*
     if rng.random() < .3: word = word.removesuffix("e") + "y" * (word[-1] != "y")
     return f"{word} {hue}", mix(lab, base, .35)
 
-# %% ../../nbs/02_nano.corpus.ipynb #ac0f8642
+# %% ../../nbs/02_nano.corpus.ipynb #d87ea2f4
 def made_up(rng:random.Random)->str:
     "A word that means nothing."
     parts = [rng.choice("b br c cl d f fl g gr h k l m n p pr r s st t tr v w".split())
@@ -199,7 +199,7 @@ def slip(word:str, rng:random.Random)->str:
     return rng.choice((word[:i] + word[i-1:], word[:i] + word[i+1:],
                        word[:i-1] + word[i:i+1] + word[i-1:i] + word[i+1:])) if i else word
 
-# %% ../../nbs/02_nano.corpus.ipynb #56339cba
+# %% ../../nbs/02_nano.corpus.ipynb #ee9fdfbd
 def phrase(rng:random.Random)->tuple: # The words; the colour as L*a*b*
     "A random colour in words, never a held-out name."
     by_name,hues,_ = _tables()
@@ -218,7 +218,7 @@ def phrase(rng:random.Random)->tuple: # The words; the colour as L*a*b*
     lab = tuple(x + rng.gauss(0, noise) for x in lab)
     return (word, lab) if not names_held_out(word) else phrase(rng)
 
-# %% ../../nbs/02_nano.corpus.ipynb #fab796aa
+# %% ../../nbs/02_nano.corpus.ipynb #3abf0ffe
 PATTERNS = """{w} is {c}.|The colour of {w} is {c}.|{w}: {c}|{c} is called {w}.|{c}: {w}
 We painted the wall {w} ({c}).|She wore a {w} coat, close to {c} on a screen.|--{w}: {c};
 .box {{ color: {c}; }} /* {w} */|background: {c}; // {w}
@@ -232,7 +232,7 @@ In the chart, {w} lines are {c} and {w2} lines are {c2}.|Name: {w}. Code: {c}.
 {w} paint, code {c}, next to {w2} paint, code {c2}.|I would call {c} {w}.
 Most people see {c} as {w}."""
 
-# %% ../../nbs/02_nano.corpus.ipynb #b9bf2cd8
+# %% ../../nbs/02_nano.corpus.ipynb #a7606046
 def colour_text(rng:random.Random)->str:
     "A short text with colour phrases and their codes."
     pattern = rng.choice(_patterns())
@@ -246,7 +246,7 @@ def colour_text(rng:random.Random)->str:
 @lru_cache
 def _patterns(): return PATTERNS.replace("\n", "|").split("|")
 
-# %% ../../nbs/02_nano.corpus.ipynb #57937a4e
+# %% ../../nbs/02_nano.corpus.ipynb #a162f26d
 def code_text(rng:random.Random)->str:
     "A short text about colour codes alone: their parts, order and middle."
     a,b = ((rng.uniform(5, 97), rng.gauss(0, 35), rng.gauss(0, 35)) for _ in range(2))
@@ -262,7 +262,7 @@ def code_text(rng:random.Random)->str:
                        f"Halfway between {a} and {b} lies {middle}.",
                        f"The strongest part of {a} is {strongest}."])
 
-# %% ../../nbs/02_nano.corpus.ipynb #c4fba319
+# %% ../../nbs/02_nano.corpus.ipynb #954009b1
 NEIGHBOURS = dict(
     black="", white="", grey="bluish greenish brownish purplish",
     red="orangey purplish pinkish brownish", green="yellowish bluish brownish greyish",
@@ -270,7 +270,7 @@ NEIGHBOURS = dict(
     brown="reddish yellowish greyish", orange="reddish yellowish brownish",
     purple="reddish bluish pinkish greyish", pink="orangey purplish greyish")
 
-# %% ../../nbs/02_nano.corpus.ipynb #99885bbb
+# %% ../../nbs/02_nano.corpus.ipynb #5511a579
 @lru_cache
 def _descriptions():
     "All descriptions from basic words, and their colours, [descriptions, 3]."
@@ -296,7 +296,7 @@ def in_words(lab)->str: # e.g. "dark yellowish green"
     "A colour in the eleven basic terms, with a modifier and a tint where they help."
     return _nearest(tuple(2*round(x/2) for x in lab))
 
-# %% ../../nbs/02_nano.corpus.ipynb #d91b0b1f
+# %% ../../nbs/02_nano.corpus.ipynb #b9b14b49
 SAYINGS = """{t} is {w}.|Most {t} is {w}.|What colour is {t}? It is {w}.|Think of {t}: {w}.
 As {w} as {t}.|{t} looks {w}.|The colour of {t} is a {w}, roughly {c}.|{t} ({w}) and {t2} ({w2})
 {t} is {w}, {t2} is {w2}.|{w} like {t}, {w2} like {t2}
@@ -314,7 +314,7 @@ def thing_text(rng:random.Random)->str:
             text = text.replace("{%s%s}" % (key, n), value)
     return text[0].upper() + text[1:] if rng.random() < .6 else text
 
-# %% ../../nbs/02_nano.corpus.ipynb #ea5c2968
+# %% ../../nbs/02_nano.corpus.ipynb #ce762610
 @lru_cache
 def prose(packages:tuple=("numpy", "matplotlib", "torch"))->tuple:
     "Paragraphs of installed packages' docstrings, in a fixed order, without any held-out name."
@@ -335,7 +335,7 @@ def _paragraphs(doc):
     letters = lambda p: sum(c.isalpha() or c in " .,'-" for c in p)/len(p)
     return [p for p in parts if 80 < len(p) < 2000 and ">>>" not in p and letters(p) > .93]
 
-# %% ../../nbs/02_nano.corpus.ipynb #9dde43ca
+# %% ../../nbs/02_nano.corpus.ipynb #05590085
 def corpus(documents:int=800_000,    # How many
            seed:int=0,               # Of the one generator behind it
            english:float=0.2         # Share of documents that are prose
@@ -349,7 +349,7 @@ def corpus(documents:int=800_000,    # How many
         text = "\n".join(make(rng) for _ in range(rng.choice((1, 1, 2, 4, 8))))
         if not names_held_out(text): yield dict(text=text)
 
-# %% ../../nbs/02_nano.corpus.ipynb #14ffa0f2
+# %% ../../nbs/02_nano.corpus.ipynb #6ed746bc
 def small_talk(rows:int=20_000, seed:int=1):
     "Questions about colours with answers in words, as rows {'messages': […]}."
     rng = random.Random(seed)
