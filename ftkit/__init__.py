@@ -11,7 +11,9 @@ _ROOMS = {  # module → the names of its that stand on the public face
     "lora.inject": "LoraConfig add_lora lora_layers lora_disabled count_parameters merge_lora "
                    "unmerge_lora unload_lora",
     "lora.io": "save_adapter load_adapter adapter_config",
-    "data.templates": "Message Template Rendered template template_names",
+    "data.messages": "Message ToolCall Conversation as_messages",
+    "data.templates": "Template Rendered",
+    "data.families": "template template_names",
     "data.formats": "Rows read_rows layouts find_layout to_messages",
     "data.encode": "Encoded EncodeReport encode encode_prompt encode_all IGNORE",
     "data.packing": "pack make_rows collate",

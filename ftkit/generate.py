@@ -15,7 +15,7 @@ from torch import Tensor
 from fastcore.basics import patch
 from .core import FtkitError, in_notebook, say
 from .data.encode import IGNORE, encode
-from .data.templates import Message
+from .data.messages import Message
 from .models.load import load_model, load_template, load_tokenizer, read_notes
 
 # %% ../nbs/41_generate.ipynb #7b60e73c

@@ -7,7 +7,7 @@ from hypothesis import given, settings, strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 from ftkit.core import FtkitError
 from ftkit.data.encode import IGNORE, encode, encode_prompt
-from ftkit.data.templates import template
+from ftkit.data.families import template
 from ftkit.generate import Chat, TextStream, chat, generate, load_chat
 from ftkit.lora.inject import LoraConfig, add_lora
 from ftkit.models.load import load_model, load_tokenizer, save_model

@@ -18,7 +18,8 @@ from ftkit.data.encode import IGNORE, Encoded, encode, encode_all, encode_prompt
 from ftkit.data.formats import find_layout, layouts, read_rows, to_messages
 from ftkit.data.packing import collate, make_rows, pack
 from ftkit.data.preview import preview, token_texts
-from ftkit.data.templates import Message, template
+from ftkit.data.messages import Message
+from ftkit.data.families import template
 from ftkit.nano.base import nano_path
 from test_templates import SPECIAL, byte_level, content, conversations, turns
 

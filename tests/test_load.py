@@ -10,7 +10,7 @@ from transformers import (AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llam
                           MixtralConfig, MixtralForCausalLM)
 from ftkit.core import FtkitError
 from ftkit.data.encode import encode_prompt
-from ftkit.data.templates import template
+from ftkit.data.families import template
 from ftkit.lora.inject import LoraConfig, add_lora, lora_layers
 from ftkit.models import load
 from ftkit.models.load import (load_model, load_template, load_tokenizer, read_notes, resolve,

@@ -9,7 +9,7 @@ from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from ftkit.convert import merge, pth_to_hf, read_pth
 from ftkit.core import FtkitError
-from ftkit.data.templates import template
+from ftkit.data.families import template
 from ftkit.lora.inject import LoraConfig, add_lora, lora_layers
 from ftkit.lora.io import adapter_state
 from ftkit.models.load import (load_model, load_tokenizer, read_notes, save_model, stored_dtype,

@@ -7,9 +7,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 from transformers.utils.chat_template_utils import render_jinja_template
 from ftkit.core import FtkitError
-from ftkit.data.templates import (_CHATML, ChatFormat, ChatTemplate, JinjaTemplate,
-                                  Message, as_messages,
-                                  template, template_names)
+from ftkit.data.families import template, template_names
+from ftkit.data.jinja import JinjaTemplate
+from ftkit.data.messages import Message, as_messages
+from ftkit.data.templates import _CHATML, ChatFormat, ChatTemplate
 
 CASES = Path(__file__).parents[2]/"shared/templates/cases.json"
 NAMED = ["default", "qwen_chat", "internlm2_chat"]

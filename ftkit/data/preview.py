@@ -13,7 +13,7 @@ from ..core import FtkitError
 from .encode import IGNORE, Encoded, _encoder
 from .packing import Row
 from .templates import Template
-from .templates import template as template_named
+from .families import template as template_named
 
 # %% ../../nbs/34_data.preview.ipynb #fbda1526
 def token_texts(ids:list, tokenizer,

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from ..core import (FtkitError, need, new_folder, pick_device, pick_dtype, read_json, say,
                         unknown_name)
-from ..data.templates import template
+from ..data.families import template
 from ..lora.inject import lora_layers
 from ..lora.io import adapter_config, load_adapter, save_adapter
 from ..nano.base import nano_path
