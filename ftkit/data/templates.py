@@ -20,6 +20,8 @@ class Rendered:
     spans:list                            # Learned: each reply with the token that ends it
     data:list                             # Written by somebody, not by the template
     replies:list=field(default_factory=list) # All replies, also those with `loss=False`
+    roles:list=field(default_factory=list)   # Start, end and role of each turn with its markup
+    overrides:list=field(default_factory=list) # Start, end, the token to learn instead
 
 # %% ../../nbs/24_data.templates.ipynb #ebe708ef
 @dataclass(frozen=True)
@@ -95,9 +97,10 @@ class _Writer:
         self.write(text)
 
 @patch
-def _checked(self:ChatTemplate, messages):
+def _checked(self:ChatTemplate, messages, tools=None):
     "The messages, if this form can express them."
-    messages,where = as_messages(messages),f"template={self.name}"
+    messages,where = as_messages(messages, tools),f"template={self.name}"
+    if messages.tools: raise FtkitError("this template has no tools", where=where)
     for i,m in enumerate(messages):
         if m.role == "text":
             raise FtkitError("plain text has no turns", where=where, fix="Use template=text")
@@ -116,17 +119,19 @@ def _checked(self:ChatTemplate, messages):
 @patch
 def render(self:ChatTemplate,
            messages,                  # `Message`s or dictionaries
-           add_generation_prompt=False # End where the next reply begins
+           add_generation_prompt=False, # End where the next reply begins
+           tools=None                 # Tools that the model may call
           )->Rendered:
     "The conversation as text, with the spans to learn."
-    f,w,spans,replies = self.format,_Writer(),[],[]
-    messages = self._checked(messages)
+    f,w,spans,replies,roles = self.format,_Writer(),[],[],[]
+    messages = self._checked(messages, tools)
     blocks,trim = self.blocks,str.strip if f.trim else str
     w.write(self._fill(self.begin))
     folded = messages.pop(0) if f.fold_system and messages[0].role == "system" else None
     if not folded and messages[0].role != "system": w.write(self._fill(f.opening))
     for m in messages:
         before,after = blocks[m.role]
+        turn = w.pos
         w.write(before)
         start = w.pos
         if m.role == "assistant": w.write(f.lead)
@@ -138,8 +143,9 @@ def render(self:ChatTemplate,
             w.write(self._fill(f.end)); replies.append((start, w.pos))
             if m.loss is not False: spans.append((start, w.pos))
         w.write(after)
+        roles.append((turn, w.pos, m.role))
     w.write(blocks["assistant"][0] if add_generation_prompt else self._fill(f.closing))
-    return Rendered("".join(w.parts), spans, w.data, replies)
+    return Rendered("".join(w.parts), spans, w.data, replies, roles)
 
 # %% ../../nbs/24_data.templates.ipynb #ccbe251a
 def token_id(tokenizer, text:str)->int: # None if the text is not one token
@@ -233,9 +239,9 @@ class TextTemplate(Template):
     def jinja(self): # Pre-training leaves the tokenizer's own chat template as it is
         return None if self.tokenizer is None else self.tokenizer.chat_template
 
-    def render(self, messages, add_generation_prompt=False)->Rendered:
+    def render(self, messages, add_generation_prompt=False, tools=None)->Rendered:
         "The text, and the end token unless it is to be continued."
-        messages = as_messages(messages)
+        messages = as_messages(messages, tools)
         if len(messages) != 1 or messages[0].role != "text":
             found = ", ".join(m.role for m in messages)
             raise FtkitError(f"expected one message of role text, found {found}",
@@ -243,7 +249,7 @@ class TextTemplate(Template):
         begin,content = self._fill(self.begin),messages[0].content
         start,stop = len(begin),len(begin) + len(content)
         data = [(start, stop)] if content else []
-        if add_generation_prompt: return Rendered(begin + content, [], data)
+        if add_generation_prompt: return Rendered(begin + content, [], data, [], [(start, stop, "text")])
         reply = [(start, stop + len(self.eos))]
         learned = [] if messages[0].loss is False else reply
-        return Rendered(begin + content + self.eos, learned, data, reply)
+        return Rendered(begin + content + self.eos, learned, data, reply, [(*reply[0], "text")])
