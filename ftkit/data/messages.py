@@ -118,7 +118,7 @@ def _as_message(m, n):
     if calls and role != "assistant":
         raise FtkitError(f"message {n} ({role}) has tool calls; only the assistant calls tools")
     if content is None and calls: content = ""
-    name = m.get("name")
+    name = m.get("name") or m.get("metadata") or None # ChatGLM3's files say metadata
     if name is not None: _check_text(name, f"the name in message {n}")
     return Message(role, _check_text(content, f"the content of message {n} ({role})"),
                    _as_loss(m.get("loss")), [as_call(c) for c in calls], name)
@@ -134,7 +134,8 @@ def as_messages(messages, # `Message`s, or dictionaries with `role`, `content` a
     like = messages if isinstance(messages, Conversation) else Conversation()
     out = like.like(_as_message(m, n) for n,m in enumerate(messages, 1))
     if not out: raise FtkitError("the conversation is empty", fix="Give it at least one message")
-    out.tools = like.tools or as_tools(tools)
+    inside = [m["tools"] for m in messages if isinstance(m, dict) and m.get("tools")]
+    out.tools = like.tools or as_tools(inside[0] if inside else tools)
     for n,(before,m) in enumerate(zip([None, *out], out), 1):
         if m.role in ANSWERS and (before is None or before.role not in ("assistant", *ANSWERS)):
             raise FtkitError(f"message {n} ({m.role}) is the answer of a tool, and no reply before "
