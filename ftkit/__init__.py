@@ -20,6 +20,7 @@ _ROOMS = {  # module → the names of its that stand on the public face
     "data.encode": "EncodeReport encode encode_prompt encode_all encode_stream encode_batches",
     "data.packing": "pack make_rows collate",
     "data.preview": "preview",
+    "data.store": "TokenStore open_store cache_folder clear_cache",
     "data.dataset": "DataConfig TuningData load_data",
     "models.load": "ModelConfig resolve load_model load_tokenizer load_template save_model",
     "generate": "generate Chat load_chat chat",
