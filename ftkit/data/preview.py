@@ -12,11 +12,11 @@ from html import escape
 from itertools import groupby
 from fastcore.basics import patch
 from ..core import FtkitError
-from .encode import IGNORE, Encoded, _encoder
-from .messages import ANSWERS, ROLES
+from .families import template as template_named
+from .messages import ANSWERS
 from .packing import Row
 from .templates import Template
-from .families import template as template_named
+from .tokens import IGNORE, ROLE_NAMES, Encoded, encoder
 
 # %% ../../nbs/34_data.preview.ipynb #fbda1526
 def token_texts(ids:list, tokenizer,
@@ -103,8 +103,6 @@ def __str__(self:TokenView)->str:
 def __repr__(self:TokenView)->str: return str(self)
 
 # %% ../../nbs/34_data.preview.ipynb #37d8496e
-ROLE_NAMES = ("markup", *ROLES)
-
 def _marks(what, first, last):
     "For each token: learned, role, id that is learned instead."
     ids,labels = what.ids[first:last],what.labels[first:last]
@@ -125,7 +123,7 @@ def preview(what,                   # `Encoded`, packed `Row`, or a conversation
     "The tokens of a sample or row: whose they are, learned or not."
     if isinstance(what, list):
         t = (template or template_named("tokenizer", tokenizer)).bind(tokenizer)
-        what = _encoder(t, tokenizer)([t.render(what)])[0][0]
+        what = encoder(t, tokenizer)([t.render(what)])[0][0]
     if not isinstance(what, (Encoded, Row)):
         raise FtkitError(f"can't preview {type(what).__name__}",
                          fix="Give a conversation, an encoded sample or a packed row")
