@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTr
 from ftkit.core import FtkitError
 from ftkit.data.dataset import DataConfig, load_data
 from ftkit.data.encode import IGNORE, Encoded, encode, encode_all, encode_prompt
-from ftkit.data.formats import find_layout, layouts, read_rows, to_messages
+from ftkit.data.formats import find_layout, read_rows
 from ftkit.data.packing import collate, make_rows, pack
 from ftkit.data.preview import preview, token_texts
 from ftkit.data.messages import Message
@@ -325,10 +325,6 @@ BAD = {
     "an empty file": ("x.jsonl", "", "no rows"),
     "an unknown kind": ("x.csv", "a,b", "'.csv' are not read"),
     "not UTF-8": ("x.jsonl", b'{"text": "\xe9"}', "not UTF-8 text"),
-    "an unknown layout": ("x.jsonl", '{"question": "a", "answer": "b"}',
-                          "found the columns 'question', 'answer'"),
-    "two layouts": ("x.jsonl", '{"instruction": "a", "output": "b", "text": "c"}',
-                    "two layouts fit, alpaca and text"),
     "a column missing": ("x.jsonl", f'{GOOD}\n{{"instruction": "a", "answer": "b"}}',
                          "x.jsonl, line 2: the column 'output' is missing; found 'instruction', "
                          "'answer'"),
@@ -346,11 +342,6 @@ BAD = {
                           "of max_length=64 tokens, so no reply fits"),
     "half an emoji": ("x.jsonl", '{"instruction": "\\ud83d", "output": "b"}',
                       "x.jsonl, line 1: .* half a character"),
-    "tool calls": ("x.jsonl",
-                   '{"messages": [{"role": "assistant", "content": "", "tool_calls": [1]}]}',
-                   "'tool_calls', which would be lost"),
-    "turns of another layout": ("x.jsonl", '{"conversations": [{"from": "human", "value": "a"}]}',
-                                "has turns of 'from', 'value'"),
 }
 
 
@@ -379,35 +370,6 @@ def test_masked_rows_can_be_dropped(tmp_path):
     (tmp_path/"x.jsonl").write_text('{"messages": [{"role": "user", "content": "a"}]}')
     with quiet(), pytest.raises(FtkitError, match="from any of the 1 rows"):
         load_data(DataConfig(str(tmp_path/"x.jsonl"), on_masked="drop"), NANO)
-
-
-def test_none_counts_as_missing(tmp_path):
-    "Arrow fills gaps with None; no reply may be masked by that."
-    from datasets import Dataset
-    table = Dataset.from_list([{"messages": [dict(role="user", content="a", loss=None),
-                                             dict(role="assistant", content="b", loss=None)]},
-                               {"messages": [dict(role="user", content="a", loss=None),
-                                             dict(role="assistant", content="b", loss=False),
-                                             dict(role="assistant", content="c", loss=True)]}])
-    samples = to_messages(list(table))
-    assert [[m.loss for m in s] for s in samples] == [[None, None], [None, False, True]]
-    learned = [NANO.decode([l for l in e.labels if l != IGNORE])
-               for e in encode_all(samples, template("default"), NANO)[0]]
-    assert learned == ["b</s>", "c</s>"]
-
-
-def test_one_conversation_in_all_layouts_is_the_same():
-    rows = dict(alpaca=dict(instruction="q", input="", output="a", system="s"),
-                conversation=dict(conversation=[dict(system="s", input="q", output="a")]),
-                messages=dict(messages=[dict(role=r, content=c) for r,
-                                        c in (("system", "s"), ("user", "q"), ("assistant", "a"))]))
-    for name, row in rows.items():
-        assert find_layout([row]) == name
-        assert to_messages([row]) == [[Message("system", "s"), Message("user", "q"),
-                                       Message("assistant", "a")]]
-    for key in "conversation", "conversations":
-        assert to_messages([{key: rows["messages"]["messages"]}]) == to_messages([rows["messages"]])
-    assert set(layouts()) == {*rows, "colors", "text"}
 
 
 def test_builtin_text(monkeypatch):
@@ -457,17 +419,3 @@ def test_c4_sample():
     for i, row in enumerate(read_rows(shared("c4_demo.jsonl"))):
         assert NANO.decode(documents[i], clean_up_tokenization_spaces=False) == row["text"] + "</s>"
     assert sum(e.ids.count(NANO.eos_token_id) for e in data.encoded) == data.report.rows
-
-
-def test_other_layouts_are_named():
-    rows = read_rows(shared("glaive_toolcall_en_demo.json"))
-    with pytest.raises(FtkitError, match="'from', 'value'"): find_layout(rows)
-
-
-@pytest.mark.parametrize("row, message", [
-    ({"id": "7", "messages": []}, "rows.json, row 1, layout=auto: .*'messages' holds no turns"),
-    ({"instruction": "a", "answer": "b"}, "rows.json, row 1, layout=auto: no layout fits"),
-    ({"instruction": "a", "output": "b", "text": "c"}, "rows.json, row 1, layout=auto: two layouts")])
-def test_a_layout_that_is_not_found_names_the_file(tmp_path, row, message):
-    (tmp_path/"rows.json").write_text(json.dumps([row]))
-    with pytest.raises(FtkitError, match=message): find_layout(read_rows(tmp_path/"rows.json"))
