@@ -6,7 +6,7 @@
 __all__ = ['EncodeReport', 'encode', 'encode_prompt', 'encode_batches', 'encode_stream', 'encode_all']
 
 # %% ../../nbs/32_data.encode.ipynb #c39fb5d6
-import sys
+import gc, sys
 from bisect import bisect_left
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
@@ -184,6 +184,13 @@ def _taken(out:EncodedBatch, chosen:list, source:list)->EncodedBatch:
                         out.weights[source], list(zip(other.tolist(), labels[other].tolist())))
 
 # %% ../../nbs/32_data.encode.ipynb #810be590
+@contextmanager
+def _no_search():
+    was = gc.isenabled()
+    gc.disable()
+    try: yield
+    finally: gc.enable() if was else None
+
 @patch
 def __call__(self:_Job, group:tuple)->tuple:
     "`EncodedBatch`, `EncodeReport`. Errors name the first row that is wrong."
@@ -243,7 +250,8 @@ def _done(job, groups, workers):
         if n == 40 and workers is None and cpus() >= 4 and portable(job):
             yield from in_order(job, chain([group], groups), min(cpus() - 1, 16))
             return
-        yield job(group)
+        with _no_search(): out = job(group)
+        yield out
 
 # %% ../../nbs/32_data.encode.ipynb #784676c3
 @contextmanager

@@ -223,10 +223,11 @@ class EncodedBatch:
 def __call__(self:Encoder, rendered:list)->tuple:
     "`EncodedBatch`; and a function that finds for one of them where its pieces begin."
     plans = [self.plan(r) for r in rendered]
-    wanted = {key for plan in plans for key,_,_ in plan if type(key) is tuple} - self.known.keys()
-    known = dict(self.known)
-    for glued in False, True:
-        known |= self.tokenize([(text, p) for text,p,g in wanted if g == glued], glued)
+    used = {key for plan in plans for key,_,_ in plan if type(key) is tuple}
+    known = {k: self.known[k] for k in used & self.known.keys()}
+    new = used - known.keys()
+    for g in False, True:
+        known |= self.tokenize([(text, places) for text,places,glued in new if glued == g], g)
     flat,marks,counts,offsets = [],[],[],[0]
     for plan in plans:
         for key,piece_marks,_ in plan:
@@ -236,7 +237,7 @@ def __call__(self:Encoder, rendered:list)->tuple:
             if at: counts += [b - a for a,b in zip((0, *at), (*at, len(ids)))]
             else: counts.append(len(ids))
         offsets.append(len(flat))
-    if len(self.known) < 50_000: self.known |= {k: known[k] for k in wanted if len(k[0]) <= 24}
+    if len(self.known) < 50_000: self.known |= {k: known[k] for k in new if len(k[0]) <= 24}
     n = len(rendered)
     marks = np.repeat(np.array(marks, np.uint8), np.array(counts, np.int64))
     out = EncodedBatch(np.array(flat, np.int32), marks, np.array(offsets, np.int64),
