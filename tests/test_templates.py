@@ -1,6 +1,8 @@
 "Templates against golden texts, against their own Jinja, and the ways in which they refuse."
 import json
+from itertools import pairwise
 from pathlib import Path
+import jinja2
 import pytest
 from hypothesis import given, settings, strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -10,10 +12,10 @@ from ftkit.core import FtkitError
 from ftkit.data.families import template, template_names
 from ftkit.data.jinja import JinjaTemplate
 from ftkit.data.messages import Message, as_messages
-from ftkit.data.templates import _CHATML, ChatFormat, ChatTemplate
 
 CASES = Path(__file__).parents[2]/"shared/templates/cases.json"
 NAMED = ["default", "qwen_chat", "internlm2_chat"]
+ALL = [n for n in template_names() if n not in ("tokenizer", "text")]
 SPECIAL = ["<pad>", "<s>", "</s>", "<|im_start|>", "<|im_end|>"]
 
 
@@ -40,124 +42,131 @@ def turns(*contents, system=None):
 
 # --- golden texts ---------------------------------------------------------------------------------
 
-def _around(before, after): return lambda role: (before.replace("ROLE", role), after)
-_llama3 = _around("<|start_header_id|>ROLE<|end_header_id|>\n\n", "<|eot_id|>")
-_cohere = _around("<|START_OF_TURN_TOKEN|><|ROLE_TOKEN|>", "<|END_OF_TURN_TOKEN|>")
-_phi = _around("<|ROLE|>\n", "<|end|>\n")
-_zephyr = _around("<|ROLE|>\n", "{eos}\n")
-_llama2 = dict(user=("{bos}[INST] ", " [/INST]"), reply="", lead=" ", end=" {eos}",
-               trim=True, fold_system=True,
-               system=("<<SYS>>\n", "\n<</SYS>>\n\n"))
-_deepseek = dict(user=("User: ", "\n\n"), reply="Assistant:", lead=" ", end="<｜end▁of▁sentence｜>",
-                 system=("", "\n\n"),
-                 bos="<｜begin▁of▁sentence｜>")
-_vicuna = dict(user=("USER: ", " "), reply="ASSISTANT:", lead=" ", system=("", " "),
-               opening="A chat between a curious user and an artificial intelligence assistant. "
-                       "The assistant gives helpful, detailed, and polite answers to the user's "
-                       "questions. ")
-# Other forms in use, to show that an entry in the table is all that they take.
-OTHERS = {f.name: f for f in (
-    ChatFormat("internlm_chat", user=("<|User|>:", "\n"), system=("<|System|>:", "\n"),
-               reply="<|Bot|>:", end="<eoa>",
-               after="\n", bos="<s>"),
-    ChatFormat("llama2_chat", **_llama2), ChatFormat("code_llama_chat", **_llama2),
-    ChatFormat("llama3_chat", user=_llama3("user"), system=_llama3("system"),
-               reply=_llama3("assistant")[0],
-               end="<|eot_id|>", trim=True, bos="<|begin_of_text|>"),
-    ChatFormat("qwen2_5_chat", **_CHATML,
-               opening="<|im_start|>system\nYou are Qwen, created by Alibaba Cloud. You are a "
-               "helpful assistant.<|im_end|>\n"),
-    ChatFormat("vicuna", **_vicuna), ChatFormat("wizardlm", **_vicuna),
-    ChatFormat("mistral", user=(" [INST] ", " [/INST]"), reply="", lead=" ", system=("", "\n\n"),
-               fold_system=True, bos="<s>"),
-    ChatFormat("deepseek_v2", **_deepseek), ChatFormat("deepseek_moe", **_deepseek),
-    ChatFormat("minicpm3", **_CHATML), ChatFormat("yi", **_CHATML),
-    ChatFormat("gemma", user=("<start_of_turn>user\n", "<end_of_turn>\n"),
-               reply="<start_of_turn>model\n",
-               end="<end_of_turn>", after="\n", trim=True, bos="<bos>"),
-    ChatFormat("phi3_chat", user=_phi("user"), system=_phi("system"), reply=_phi("assistant")[0],
-               end="<|end|>", after="\n",
-               closing="<|endoftext|>"),
-    ChatFormat("cohere_chat", user=_cohere("USER"), system=_cohere("SYSTEM"),
-               reply=_cohere("CHATBOT")[0],
-               end="<|END_OF_TURN_TOKEN|>", trim=True, bos="<BOS_TOKEN>"),
-    ChatFormat("zephyr", user=_zephyr("user"), system=_zephyr("system"),
-               reply=_zephyr("assistant")[0], after="\n"))}
-
-
-def make(name): return template(name) if name in NAMED else ChatTemplate(OTHERS[name])
-
-
 def cases():
     missing = pytest.mark.skipif(True, reason="golden texts are not here")
     if not CASES.exists(): return [pytest.param(None, marks=missing)]
-    found = [c for c in json.loads(CASES.read_text(encoding="utf-8"))
-             if c["template"] in (*NAMED, *OTHERS)]
-    return [pytest.param(c, id=c["id"]) for c in found]
+    return [pytest.param(c, id=c["id"]) for c in json.loads(CASES.read_text(encoding="utf-8"))]
 
 
 @pytest.mark.parametrize("case", cases())
 def test_golden(case):
-    t = make(case["template"])
+    t, messages, gen = template(case["template"]), case["messages"], case["add_generation_prompt"]
+    assert t.stop == case["stop"]
     if case["expected"] is None:
-        with pytest.raises(FtkitError, match="this template has no system role"):
-            t.render(case["messages"], case["add_generation_prompt"])
+        with pytest.raises(FtkitError, match="this template has (no system role|room for one)"):
+            t.render(messages, gen)
+        with pytest.raises(jinja2.TemplateError, match="This template"): by_jinja(t, messages, gen)
         return
-    r = t.render(case["messages"], case["add_generation_prompt"])
-    assert r.text == case["expected"]
+    r = t.render(messages, gen)
+    assert r.text == case["expected"] == by_jinja(t, messages, gen)
     assert [list(s) for s in r.spans] == case["assistant_spans"]
-    if case["template"] in NAMED: assert t.stop == case["stop"]
-    contents = [m["content"].strip() for m in case["messages"] if m["content"]]
+    assert [list(o) for o in r.overrides] == case.get("label_overrides", [])
+    begin = case.get("bos_in_text", "")
+    assert r.text.startswith(begin) and r.text.count(begin or r.text) in (1, len(r.replies) + gen)
+    contents = [m["content"].strip() for m in messages if m["content"]]
     assert [r.text[a:b].strip() for a, b in r.data] == contents
-    assert by_jinja(t, case["messages"], case["add_generation_prompt"]) == r.text
 
 
 # --- the same text in Jinja -----------------------------------------------------------------------
 
-def by_jinja(t, messages, gen):
-    return render_jinja_template(conversations=[messages], chat_template=t.jinja,
+def by_jinja(t, messages, gen, tools=None):
+    return render_jinja_template(conversations=[messages], chat_template=t.jinja, tools=tools,
                                  add_generation_prompt=gen,
                                  eos_token=t.eos, bos_token=t.bos)[0][0]
 
 
 snippet = st.sampled_from(["{x}", "{{ x }}", "{% raw %}", "%s", "<|im_end|>", "</s>", "\\", "'",
-                           '"', "\r\n", "\n", " ", "\t",
+                           '"', "\r\n", "\n", " ", "\t", "{n}", "{name}", "{arguments}", "<eoc>",
                            "<|User|>:", "{eos}", "{bos}", "é", "多", "👩‍💻", "\u2028", "system"])
 content = st.lists(st.one_of(snippet, st.text(max_size=6)), max_size=5).map("".join)
-replies = st.tuples(content, st.sampled_from([None, True, False]))
+values = st.recursive(st.none() | st.booleans() | st.integers() | content,
+                      lambda v: st.lists(v, max_size=2) | st.dictionaries(content, v, max_size=2),
+                      max_leaves=3)
+calls = st.builds(lambda n, a: dict(name=n, arguments=a), content.filter(bool),
+                  st.dictionaries(content, values, max_size=2))
+functions = st.builds(lambda n, d, p: dict(name=n, description=d, parameters=p), content, content,
+                      st.dictionaries(content, values, max_size=2))
+losses = st.sampled_from([None, True, False])
 
 
 @st.composite
 def conversations(draw):
     out = turns(*draw(st.lists(content, min_size=1, max_size=6)), system=draw(st.none() | content))
     for m in out:
-        if m["role"] == "assistant": m["loss"] = draw(st.sampled_from([None, True, False]))
+        if m["role"] == "assistant": m["loss"] = draw(losses)
     return out
 
 
-@settings(max_examples=60, deadline=None)
-@given(messages=conversations(), gen=st.booleans())
-def test_jinja_renders_the_same(messages, gen):
-    for name in (*NAMED, "llama2_chat", "deepseek_v2", "cohere_chat", "phi3_chat", "vicuna"):
-        t = make(name)
-        assert by_jinja(t, messages, gen) == t.render(messages, gen).text
+@st.composite
+def with_tools(draw):
+    system = draw(st.none() | content | st.just("- Inner thoughts: enabled."))
+    out = turns(draw(content), system=system)
+    for _ in range(draw(st.integers(1, 3))):
+        kind = draw(st.sampled_from(["call", "call", "plain", "user", "named"]))
+        reply = dict(role="assistant", content=draw(content), loss=draw(losses))
+        if kind == "user": out.append(dict(role="user", content=draw(content)))
+        elif kind == "plain": out.append(reply)
+        else:
+            asked = draw(st.lists(calls, min_size=1, max_size=2))
+            if kind == "call": reply["tool_calls"] = asked
+            names = st.sampled_from(["", "plugin", "f"])
+            role = st.sampled_from(["tool", "observation", "environment", "ipython"])
+            out += [reply, *(dict(role=draw(role), content=draw(content), name=draw(names))
+                             for _ in asked)]
+    return out
 
 
-@settings(max_examples=60, deadline=None)
-@given(messages=conversations(), gen=st.booleans())
-def test_spans(messages, gen):
+def said(m): return m["content"], m["content"].strip(), m["content"].rstrip()
+
+
+def check_spans(t, messages, gen, tools=None):
+    "What must hold for every form."
+    r = t.render(messages, gen, tools)
+    for spans in r.data, r.replies, r.roles, r.overrides:
+        assert all(a < b or spans is r.replies for a, b, *_ in spans) # a reply may be empty
+        assert all(x[1] <= y[0] for x, y in pairwise(spans))
+    assert all(0 <= a and b <= len(r.text) for a, b, _ in r.roles)
     replied = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
-    for name in NAMED:
-        t = make(name)
-        r = t.render(messages, gen)
-        learned = [i for i in replied if messages[i]["loss"] is not False]
-        assert [r.text[a:b] for a, b in r.spans] == [messages[i]["content"]
-                                                     + t.stop[0] for i in learned]
-        assert [r.text[a:b] for a, b in r.replies] == [messages[i]["content"]
-                                                       + t.stop[0] for i in replied]
-        assert [r.text[a:b] for a, b in r.data] == [m["content"] for m in messages if m["content"]]
-        for i, (start, _) in zip(replied, r.replies):
-            assert t.render(messages[:i], True).text == r.text[:start]
+    if len(replied) < len(r.replies): return r              # MOSS told that there were no results
+    assert r.spans == [r.replies[k] for k, i in enumerate(replied)
+                       if messages[i].get("loss") is not False]
+    for i, (start, end) in zip(replied, r.replies, strict=True):
+        if i and (tools is None or t.name not in ("llama3_chat", "llama3_1_chat") or i > 1):
+            assert t.render(messages[:i], True, tools).text == r.text[:start]
+        inside = [r.text[a:b] for a, b in r.data if start <= a and b <= end]
+        if messages[i]["content"].strip(): assert set(inside) & {*said(messages[i])}
+        for a, b, role in r.roles:
+            if role != "assistant": assert b <= start or a >= end - len("<|observation|>")
+    return r
+
+
+@settings(max_examples=50, deadline=None)
+@given(messages=conversations(), gen=st.booleans())
+def test_every_form(messages, gen):
+    for name in ALL:
+        t = template(name)
+        try: r = check_spans(t, messages, gen)
+        except FtkitError:
+            with pytest.raises(jinja2.TemplateError, match="This template"):
+                by_jinja(t, messages, gen)
+            continue
+        assert by_jinja(t, messages, gen) == r.text
+        contents = [c for m in messages for c in said(m)]
+        assert all(r.text[a:b] in contents for a, b in r.data)
+
+
+@settings(max_examples=60, deadline=None)
+@given(messages=with_tools(), gen=st.booleans(), tools=st.none() | st.lists(functions, max_size=2))
+def test_every_form_with_tools(messages, gen, tools):
+    for name in ALL:
+        t = template(name)
+        try: r = check_spans(t, messages, gen, tools)
+        except FtkitError as e:
+            if "begins with the role" in str(e): continue
+            with pytest.raises(jinja2.TemplateError, match="This template"):
+                by_jinja(t, messages, gen, tools)
+            continue
+        assert by_jinja(t, messages, gen, tools) == r.text
 
 
 @settings(max_examples=60, deadline=None)
@@ -200,8 +209,8 @@ def test_template_that_rewrites_what_was_said():
 
 
 def test_prompt_that_is_not_a_beginning():
-    source = template("qwen_chat").jinja.replace("{{ '<|im_start|>assistant\\n' }}",
-                                                 "{{ '<|im_start|>assistant\\n<think>\\n' }}")
+    source, prompt, end = template("qwen_chat").jinja.rpartition("<|im_start|>assistant\\n")
+    source += f"{prompt}<think>\\n{end}"
     t = JinjaTemplate(byte_level(chat_template=source))
     assert t.render(turns("a"), True).text.endswith("<think>\n")
     with pytest.raises(FtkitError, match="message 2 is not a beginning"): t.render(turns("a", "b"))
@@ -256,13 +265,18 @@ def test_begin_token_exactly_once():
                                           tokenize=False) == t.render(turns("a", "b")).text
     assert template("text", adding).render([Message("text", "a")]).text == "<s>a</s>"
     assert template("default", byte_level()).render(turns("a", "b")).text.count("<s>") == 0
-    llama2 = ChatTemplate(OTHERS["llama2_chat"]).bind(adding)
+    llama2 = template("llama2_chat", adding)
     assert llama2.render(turns("a", "b")).text.startswith("<s>[INST]")
 
 
 def test_names():
-    assert set(template_names()) == {*NAMED, "tokenizer", "text"}
-    with pytest.raises(FtkitError, match="Did you mean 'internlm2_chat'"): template("internlm_chat")
+    xtuner = """default zephyr internlm_chat internlm2_chat moss_sft llama2_chat code_llama_chat
+        chatglm2 chatglm3 qwen_chat baichuan_chat baichuan2_chat wizardlm wizardcoder vicuna
+        deepseek_coder deepseekcoder deepseek_moe deepseek_v2 mistral mixtral minicpm minicpm3
+        gemma cohere_chat llama3_chat phi3_chat""".split()
+    assert {*xtuner, "alpaca", "qwen2_5_chat", "yi", "tokenizer", "text"} < {*template_names()}
+    assert len(set(template_names())) == len(template_names())
+    with pytest.raises(FtkitError, match="Did you mean 'internlm2_chat'"): template("internlm2chat")
     with pytest.raises(FtkitError,
                        match="no chat template of its own"): template("tokenizer", byte_level())
 
@@ -283,7 +297,7 @@ def test_bad_messages(messages, match):
 def test_messages_are_not_changed():
     given_ = turns("a", "b", system="c")
     before = json.dumps(given_)
-    for name in (*NAMED, "llama2_chat"): make(name).render(given_)
+    for name in (*NAMED, "llama2_chat"): template(name).render(given_)
     assert json.dumps(given_) == before
     objects = as_messages(given_)
     template("default").render(objects)

@@ -9,8 +9,8 @@ __all__ = ['FORMATS', 'Rendered', 'ChatFormat', 'Template', 'ChatTemplate', 'tok
 import copy, re
 from dataclasses import dataclass, field
 from fastcore.basics import patch
-from ..core import FtkitError, unknown_name
-from .messages import Message, as_messages
+from ..core import FtkitError
+from .messages import ANSWERS, Message, as_messages
 
 # %% ../../nbs/24_data.templates.ipynb #95672bf6
 @dataclass
@@ -37,10 +37,18 @@ class ChatFormat:
     opening:str=""            # In place of the system message where there is none
     lead:str=""               # What the model itself writes before a reply, such as a space
     closing:str=""            # After a conversation that asks for no further reply
-    trim:bool=False           # Whether white space around each content is removed
-    fold_system:bool=False    # The system message stands inside the first user message
+    trim:tuple=()             # Roles whose contents lose the white space around them
     bos:str=""                # Begin token that is always written; if empty, the tokenizer decides
+    prefix:str=""             # In place of any begin token
     stop:tuple=()             # Further texts at which generation stops
+    fold_system:bool=False    # The system message stands inside the first user message
+    single:bool=False         # One question and one reply, nothing else
+    between:str|None=None     # After a reply that more follows; then `end` stands at the very end
+    role_ends:bool=False      # The token that begins the next turn ends such a reply
+    next_label:str=""         # What is learned at the token that begins the next user turn
+    names:dict=field(default_factory=dict) # Name of a message → text at the end of its first line
+    reply_names:bool=False    # The name of a reply stands at its beginning
+    tools:object=None         # A `ToolStyle`; None: the family knows no tools
 
 # %% ../../nbs/24_data.templates.ipynb #e895749a
 def _chatml(role): return f"<|im_start|>{role}\n", "<|im_end|>\n"
@@ -54,7 +62,8 @@ FORMATS = {f.name: f for f in (
                opening="You are a helpful assistant.".join(_chatml("system")),
                stop=("<|im_start|>", "<|endoftext|>")),
     ChatFormat("internlm2_chat", **_CHATML, bos="<s>", stop=("<|action_end|>",),
-               others={r: _chatml(r) for r in ("tool", "environment")}))}
+               others={r: _chatml(r) for r in ("tool", "environment")},
+               names={n: f" name=<|{n}|>" for n in ("plugin", "interpreter")}))}
 
 # %% ../../nbs/24_data.templates.ipynb #c07ad9cd
 class Template:
@@ -64,88 +73,186 @@ class Template:
     def __repr__(self):
         bound = "" if self.tokenizer is None else ", bound"
         return f"{type(self).__name__}({self.name!r}{bound})"
-    def _begin(self, adds_bos:bool)->str: return "{bos}" if adds_bos else ""
-    def _fill(self, text:str)->str:
+    def _begin(self, front:str)->str: return front # What the tokenizer puts before a text
+    def _fill(self, text):
+        "`text`, or all texts in it, with the tokens in place."
+        if isinstance(text, tuple): return tuple(map(self._fill, text))
+        if isinstance(text, dict): return {k: self._fill(t) for k,t in text.items()}
+        if not isinstance(text, str): return text
         return text.replace("{eos}", self.eos).replace("{bos}", self.bos)
 
 class ChatTemplate(Template):
     "A template from the table."
     def __init__(self, format:ChatFormat):
         self.format,self.name,self.bos = format,format.name,format.bos or self.bos
-        self.begin = self._begin(False)
-    def _begin(self, adds_bos):
-        if "{bos}" in self.format.user[0]: return ""  # written at the head of every turn
-        return "{bos}" if self.format.bos or adds_bos else ""
+        self.begin,self._kept = self._begin(""),None
+    def _begin(self, front):
+        f = self.format
+        if f.prefix or "{bos}" in f.user[0]: return f.prefix # or written before every turn
+        return "{bos}" if f.bos else front
 
     @property
     def stop(self)->list: # Texts that end a reply, the one that is trained first
         return list(dict.fromkeys([self._fill(self.format.end).strip(), *self.format.stop]))
     @property
-    def blocks(self)->dict: # What stands before and after each role
-        f = self.format
-        own = {"system": f.system, "user": f.user, "assistant": (f.reply, f.after)}
-        return {r: tuple(map(self._fill, b)) for r,b in {**own, **f.others}.items() if b}
+    def form(self)->tuple: # The form with the tokens in place, and its `blocks`
+        key = self.begin,self.bos,self.eos
+        if self._kept is None or self._kept[0] != key:
+            f = ChatFormat(**self._fill(vars(self.format)))
+            own = {"system": f.system, "user": f.user, "assistant": (f.reply, f.after)}
+            self._kept = key,f,{r: b for r,b in {**own, **f.others}.items() if b}
+        return self._kept[1:]
+    @property
+    def blocks(self)->dict: return self.form[1] # What stands before and after each role
+
+# %% ../../nbs/24_data.templates.ipynb #2a221da7
+def _unfit(f:ChatFormat, known, messages, i):
+    "Why message `i` can't be expressed in this form, and what to do; None if it can."
+    m,fix = messages[i],"Choose another template"
+    if m.role == "text": return "plain text has no turns", "Use template=text"
+    if m.role not in known:
+        if m.role == "system": fix += ", or put the text into the first user message"
+        return f"this template has no {m.role} role", fix
+    if m.tool_calls: return f.tools.unfit(m, i) if f.tools else ("this template has no tools", fix)
+    if f.fold_system and m.role == "system" and (i or [n.role for n in messages[1:2]] != ["user"]):
+        return ("this template writes the system message inside the first user one, so it must "
+                f"stand right before it; here it is message {i+1}"), fix
+    if f.single and (i > 1 or m.role != ("user", "assistant")[i]):
+        return ("this template has room for one question and one reply; message "
+                f"{i+1} ({m.role}) does not fit in"), f"{fix}, or split the conversation"
+
+@patch
+def _checked(self:ChatTemplate, messages, tools=None):
+    "The messages, if this form can express them."
+    messages,f,known,found = as_messages(messages, tools),self.format,self.blocks,None
+    if f.tools: known = {*known, *ANSWERS}
+    if messages.tools:
+        found = f.tools.unlisted(messages) if f.tools else ("this template has no tools",
+                                                            "Choose another template")
+    odd = f.single or f.fold_system
+    for i,m in enumerate(messages):
+        if odd or m.tool_calls or m.role not in known: found = found or _unfit(f, known, messages, i)
+    if found: raise FtkitError(found[0], where=f"template={self.name}", fix=found[1])
+    return messages
 
 # %% ../../nbs/24_data.templates.ipynb #5251c432
 class _Writer:
     "Appends texts and notes where they landed."
-    def __init__(self): self.parts,self.pos,self.data = [],0,[]
+    def __init__(self, template, messages):
+        self.f,self.blocks = template.form
+        self.messages,self.style,self.tools = messages,self.f.tools,messages.tools
+        self.parts,self.pos,self.data,self.replies,self.roles,self.overrides = [],0,[],[],[],[]
+        self.users,self.called,self.waiting = 0,False,None # `waiting`: a reply, its end unknown
     def write(self, text):
         self.parts.append(text); self.pos += len(text)
     def content(self, text):
         if text: self.data.append((self.pos, self.pos + len(text)))
         self.write(text)
-
-@patch
-def _checked(self:ChatTemplate, messages, tools=None):
-    "The messages, if this form can express them."
-    messages,where = as_messages(messages, tools),f"template={self.name}"
-    if messages.tools: raise FtkitError("this template has no tools", where=where)
-    for i,m in enumerate(messages):
-        if m.role == "text":
-            raise FtkitError("plain text has no turns", where=where, fix="Use template=text")
-        if m.role not in self.blocks:
-            fix = "Choose another template"
-            if m.role == "system": fix += ", or put the text into the first user message"
-            raise FtkitError(f"this template has no {m.role} role", where=where, fix=fix)
-        follows = [n.role for n in messages[i+1:i+2]]
-        if m.role == "system" and self.format.fold_system and (i or follows != ["user"]):
-            raise FtkitError("this template writes the system message inside the first user one, "
-                             f"so it must stand right before it; here it is message {i+1}",
-                             where=where)
-    return messages
+    def role(self, start, role):
+        if self.pos > start: self.roles.append((start, self.pos, role))
+    def done(self)->Rendered:
+        spans = [span for span,m in self.replies if m.loss is not False]
+        replies = [span for span,_ in self.replies]
+        return Rendered("".join(self.parts), spans, self.data, replies, self.roles, self.overrides)
 
 # %% ../../nbs/24_data.templates.ipynb #da43795e
 @patch
+def reply(self:_Writer, m, final):
+    "Write a reply; `final` if nothing follows it."
+    f = self.f
+    self.follow("assistant", f.reply)
+    turn = self.pos
+    self.write(f.reply)
+    start = self.pos
+    if m.content or not m.tool_calls:
+        if f.reply_names and m.name: self.content(m.name)
+        self.write(f.lead)
+        self.content(m.content.strip() if "assistant" in f.trim else m.content)
+    for call in m.tool_calls:
+        if self.pos > start: self.write(self.style.between)
+        self.style.write(self, self.style.call, call)
+    if final or f.between is None: self.write(f.end)
+    self.replies.append(((start, self.pos), m))
+    self.write(f.after if f.between is None else "" if final else f.between)
+    self.role(turn, "assistant")
+    self.called,self.waiting = bool(m.tool_calls),None if f.between is None else m
+
+@patch
+def follow(self:_Writer, role, before):
+    "A turn that begins with `before` follows a reply whose end depends on it."
+    m,self.waiting = self.waiting,None
+    if not m: return
+    end = self.pos + len(before.partition("\n")[0])
+    if self.f.role_ends: self.replies[-1] = (self.replies[-1][0][0], end),m
+    elif self.f.next_label and role == "user" and m.loss is not False:
+        self.overrides.append((self.pos, end, self.f.next_label))
+
+# %% ../../nbs/24_data.templates.ipynb #796f099f
+@patch
+def block(self:_Writer, i, m, folded=None):
+    "Write a turn that is no reply; `folded` is a system message to write inside of it."
+    f,style,said = self.f,self.style,m.content
+    listed = self.tools and i == (m.role == "user" and self.messages[0].role == "system")
+    before,after = self.blocks["environment" if m.name in f.names and m.role in ANSWERS else m.role]
+    if m.name in f.names: before = before[:-1] + f.names[m.name] + "\n"
+    if listed and m.role == "system" and style.system: before,after = style.system
+    if m.role == "user":
+        self.users += 1
+        before = before.replace("{n}", str(self.users))
+    if m.role in f.trim: said = said.rstrip() if folded else said.strip()
+    self.follow(m.role, before)
+    turn = self.pos
+    self.write(before)
+    if folded:
+        self.role(turn, m.role); turn = self.pos
+        self.write(f.system[0]); self.content(folded.content)
+        self.write(f.system[1] if said or not f.trim else f.system[1].rstrip())
+        self.role(turn, "system"); turn = self.pos
+    if listed and m.role == "user": style.write(self, style.asked, self.tools)
+    self.content(said)
+    if listed and m.role == "system": style.write(self, style.listed, self.tools)
+    self.write(after)
+    self.role(turn, m.role)
+
+@patch
+def own_answer(self:_Writer, m)->bool:
+    "Whether the family has a way of its own to write this answer."
+    own = self.style and self.style.answer and m.name not in self.f.names
+    return own and (self.called or m.role not in self.blocks)
+
+@patch
+def answer(self:_Writer, i, m):
+    "Write what a tool gave back; answers in a row may share one turn."
+    turn,(before,pattern,after) = self.pos,self.style.answer
+    if self.messages[i-1].role not in ANSWERS: self.write(before)
+    self.style.write(self, pattern, m)
+    if i + 1 == len(self.messages) or self.messages[i+1].role not in ANSWERS: self.write(after)
+    self.role(turn, m.role)
+
+# %% ../../nbs/24_data.templates.ipynb #849422ee
+@patch
 def render(self:ChatTemplate,
-           messages,                  # `Message`s or dictionaries
+           messages,                    # `Message`s or dictionaries
            add_generation_prompt=False, # End where the next reply begins
-           tools=None                 # Tools that the model may call
+           tools=None                   # Tools that the model may call
           )->Rendered:
     "The conversation as text, with the spans to learn."
-    f,w,spans,replies,roles = self.format,_Writer(),[],[],[]
     messages = self._checked(messages, tools)
-    blocks,trim = self.blocks,str.strip if f.trim else str
-    w.write(self._fill(self.begin))
-    folded = messages.pop(0) if f.fold_system and messages[0].role == "system" else None
-    if not folded and messages[0].role != "system": w.write(self._fill(f.opening))
-    for m in messages:
-        before,after = blocks[m.role]
-        turn = w.pos
-        w.write(before)
-        start = w.pos
-        if m.role == "assistant": w.write(f.lead)
-        if folded and m.role == "user":
-            (a,b),text,folded = blocks["system"],folded.content,None
-            w.write(a); w.content(trim(text)); w.write(b)
-        w.content(trim(m.content))
-        if m.role == "assistant":
-            w.write(self._fill(f.end)); replies.append((start, w.pos))
-            if m.loss is not False: spans.append((start, w.pos))
-        w.write(after)
-        roles.append((turn, w.pos, m.role))
-    w.write(blocks["assistant"][0] if add_generation_prompt else self._fill(f.closing))
-    return Rendered("".join(w.parts), spans, w.data, replies, roles)
+    w,last = _Writer(self, messages),len(messages) - 1
+    f,begin,folded = w.f,self._fill(self.begin),None
+    w.write(begin)
+    if messages[0].role != "system":
+        if w.tools and w.style.alone: w.style.write(w, w.style.alone, w.tools)
+        else: w.write(f.opening)
+        w.role(len(begin), "system")
+    for i,m in enumerate(messages):
+        if m.role == "assistant": w.reply(m, i == last and not add_generation_prompt)
+        elif f.fold_system and m.role == "system": folded = m
+        elif m.role in ANSWERS and w.own_answer(m): w.answer(i, m)
+        else: w.block(i, m, folded); folded = None
+    if not add_generation_prompt: w.write(f.closing)
+    else: w.follow("assistant", f.reply); w.write(f.reply)
+    return w.done()
 
 # %% ../../nbs/24_data.templates.ipynb #ccbe251a
 def token_id(tokenizer, text:str)->int: # None if the text is not one token
@@ -161,9 +268,13 @@ def added_tokens(tokenizer,
             if t.content.strip() and (t.special or not special)}
 
 # %% ../../nbs/24_data.templates.ipynb #ebcff27c
-def _adds_bos(tokenizer)->bool:
-    bos = tokenizer.bos_token_id
-    return bos is not None and tokenizer("a")["input_ids"][:1] == [bos]
+def _front(tokenizer)->str:
+    "The special tokens that this tokenizer puts before a text of its own accord."
+    ids = tokenizer("a")["input_ids"]
+    plain = tokenizer("a", add_special_tokens=False)["input_ids"]
+    n = next((k for k in range(len(ids)) if ids[k:k+len(plain)] == plain), 0)
+    front = "".join(tokenizer.convert_ids_to_tokens(ids[:n]))
+    return "{bos}" if front and front == tokenizer.bos_token else front
 
 @patch
 def bind(self:Template, tokenizer)->Template: # A copy
@@ -172,7 +283,7 @@ def bind(self:Template, tokenizer)->Template: # A copy
     bound,where = copy.copy(self),f"template={self.name}"
     bound.tokenizer = tokenizer
     bound.bos,bound.eos = tokenizer.bos_token or "",tokenizer.eos_token or ""
-    bound.begin = self._begin(_adds_bos(tokenizer))
+    bound.begin = self._begin(_front(tokenizer))
     end = bound.stop[0]
     if not end:
         raise FtkitError("this template ends replies with the tokenizer's end-of-text token, and "
@@ -194,38 +305,108 @@ def stop_ids(self:Template, tokenizer=None)->list: # The trained end token first
     return list(dict.fromkeys(i for i in ids if i is not None))
 
 # %% ../../nbs/24_data.templates.ipynb #e575d5ae
-def _joined(*parts):
-    "A Jinja expression for texts (with placeholders for tokens) and for expressions, in tuples."
+def _expression(*parts):
+    "Jinja for texts (with placeholders for tokens) and for expressions, in tuples, one after another."
     out = []
     for part in parts:
         if isinstance(part, tuple): out.append(part[0]); continue
-        for piece in filter(None, re.split(r"(\{eos\}|\{bos\})", part)):
+        for piece in filter(None, re.split(r"(\{eos\}|\{bos\}|\{n\})", part)):
             quoted = piece.replace("\\", "\\\\").replace("'", "\\'").replace("\n", "\\n")
-            out.append({"{eos}": "eos_token", "{bos}": "bos_token"}.get(piece, f"'{quoted}'"))
-    return "{{ " + " ~ ".join(out) + " }}" if out else ""
+            known = {"{eos}": "eos_token", "{bos}": "bos_token", "{n}": "ns.users"}
+            out.append(known.get(piece, f"'{quoted}'"))
+    return " ~ ".join(out)
+
+def _joined(*parts):
+    text = _expression(*parts)
+    return "{{ " + text + " }}" if text else ""
 
 def _either(test, yes, no=""):
     other = "{% else %}" + no if no else ""
     return f"{{% if {test} %}}{yes}{other}{{% endif %}}" if yes or no else ""
 
 # %% ../../nbs/24_data.templates.ipynb #f29f187f
+def _refusal(problem): return "{{ raise_exception('This template " + problem + "') }}"
+_SYSTEM_FIRST = "messages[0].role == 'system'"
+
+def _head(f, text): # with the name of the message at the end of the line
+    return (text[:-1], ("names.get(m.name, '')",), "\n") if f.names else (text,)
+
+def _said(f, role): return (f"m.content{' | trim' if role in f.trim else ''}",)
+
+def _reply_code(f:ChatFormat)->str:
+    "Jinja for a reply."
+    style,name = f.tools,[("(m.name or m.metadata or '')",)] if f.reply_names else []
+    text = _joined(*name, f.lead, _said(f, "assistant"))
+    calls = _either("m.tool_calls", _refusal("has no tools"))
+    if style:
+        calls = ("{% for c in m.tool_calls or [] %}{% set c = c.function or c %}"
+                 + _either("m.content or not loop.first", _joined(style.between))
+                 + style.code(style.call) + "{% endfor %}{% set ns.called = m.tool_calls %}")
+        text = _either("m.tool_calls", style.refusal()) + _either("m.content or not m.tool_calls", text)
+    end = _joined(f.end, f.after) if f.between is None else _either(
+        "loop.last and not add_generation_prompt", _joined(f.end), _joined(f.between))
+    return _joined(f.reply) + text + calls + end
+
+def _user_code(f:ChatFormat)->str:
+    "Jinja for what the user says."
+    (before,after),said = f.user,_said(f, "user")
+    before = _head(f, before)
+    out = _joined(*before, said, after)
+    if f.tools and f.tools.asked:
+        asked = _either(f"ns.tools and loop.index0 == ({_SYSTEM_FIRST})", f.tools.code(f.tools.asked))
+        out = _joined(*before) + asked + _joined(said, after)
+    if f.fold_system:
+        inner = _expression(f.system[0], ("messages[0].content",), f.system[1], ("m.content",))
+        inner = f"({inner}){' | trim' if f.trim else ''}",
+        out = _either(f"loop.index0 == 1 and {_SYSTEM_FIRST}", _joined(*before, inner, after), out)
+    return ("{% set ns.users = ns.users + 1 %}" if "{n}" in f.user[0] else "") + out
+
+# %% ../../nbs/24_data.templates.ipynb #1f50d3d1
+def _block_code(f:ChatFormat, role, before, after)->str:
+    "Jinja for a turn that is neither the user's nor a reply."
+    style,said = f.tools,_said(f, role)
+    def head(text): return _head(f, text)
+    if role == "system" and f.fold_system: return _either("not loop.first", _refusal(
+        "writes the system message inside the first user message"))
+    if role == "system" and style:
+        first = style.system or (before, after)
+        return _either("ns.tools and loop.first", _joined(*head(first[0]), said)
+                       + style.code(style.listed) + _joined(first[1]),
+                       _joined(*head(before), said, after))
+    return _joined(*head(before), said, after)
+
+def _answer_code(f:ChatFormat)->str:
+    "Jinja for what a tool gave back, where it is not written as its role is."
+    style,roles,out = f.tools,repr(list(ANSWERS)),""
+    if f.names: out = (f"{{% elif m.role in {roles} and m.name in names %}}"
+                       + _block_code(f, "environment", *f.others["environment"]))
+    if not style or not style.answer: return out
+    before,answer,after = style.answer
+    return (out + f"{{% elif m.role in {roles} and (ns.called or m.role not in {list(f.others)!r}) %}}"
+            + _either(f"messages[loop.index0 - 1].role not in {roles}", _joined(before))
+            + style.code(answer)
+            + _either(f"loop.last or messages[loop.index0 + 1].role not in {roles}", _joined(after)))
+
+# %% ../../nbs/24_data.templates.ipynb #cbc2a018
 @patch(as_prop=True)
 def jinja(self:ChatTemplate)->str:
     "A chat template that renders the same text."
-    f,first,trim = self.format,"messages[0].role == 'system'"," | trim" if self.format.trim else ""
-    said,system = ((f"{m}.content{trim}",) for m in ("m", "messages[0]"))
-    wrong = "{{ raise_exception('This template has no ' ~ m.role ~ ' role here') }}"
-    roles = {"user": f.user, **f.others, **({"system": f.system} if f.system else {})}
-    branches = {"assistant": _joined(f.reply, f.lead, said, f.end, f.after),
-                **{role: _joined(before, said, after) for role,(before,after) in roles.items()}}
-    if f.fold_system:
-        folded = _joined(f.user[0], f.system[0], system, f.system[1], said, f.user[1])
-        branches["system"] = _either("not loop.first", wrong)
-        branches["user"] = _either(f"loop.index0 == 1 and {first}", folded, branches["user"])
-    texts = "".join(f"{{% elif m.role == '{role}' %}}{text}" for role,text in branches.items())
+    f,style = self.format,self.format.tools
+    blocks = {**({"system": f.system} if f.system else {}), **f.others}
+    opening,head = _joined(f.opening),_either("tools", _refusal("has no tools"))
+    if style:
+        head = style.setup
+        if style.alone: opening = _either("ns.tools", style.code(style.alone), opening)
+    elif "{n}" in f.user[0]: head += "{% set ns = namespace(users=0) %}"
+    if f.names: head += "{% set names = " + repr(f.names) + " %}"
+    wrong = _refusal("has no words for message ' ~ loop.index ~ ' (' ~ m.role ~ ')")
+    order = "loop.index > 2 or m.role != ['user', 'assistant'][loop.index0]" if f.single else ""
     return "".join([
-        _joined(self.begin), _either(f"not {first}", _joined(f.opening)),
-        "{% for m in messages %}", texts.replace("elif", "if", 1),
+        head, _joined(self.begin), _either(f"not ({_SYSTEM_FIRST})", opening),
+        "{% for m in messages %}", _either(order, wrong) if order else "",
+        "{% if m.role == 'user' %}", _user_code(f),
+        "{% elif m.role == 'assistant' %}", _reply_code(f), _answer_code(f),
+        *(f"{{% elif m.role == '{r}' %}}{_block_code(f, r, *b)}" for r,b in blocks.items()),
         "{% else %}", wrong, "{% endif %}{% endfor %}",
         _either("add_generation_prompt", _joined(f.reply), _joined(f.closing))])
 
