@@ -11,6 +11,8 @@ from ftkit.data.formats import (as_layout, converter, find_layout, gathered, lay
 from ftkit.data.files import Rows
 from ftkit.data.layouts import SYSTEM_TEXTS
 from ftkit.data.messages import Conversation, Message, ToolCall
+from ftkit.data.pairs import (FEEDBACKS, PREFERENCES, Feedback, Preference, to_feedback, to_pairs,
+                              to_prompts)
 
 SHARED = Path(__file__).parents[2]/"shared/data"
 
@@ -632,3 +634,140 @@ def test_real_pictures():
                                          ("kto_en_demo.json", "judged")])
 def test_real_preferences_are_not_tuned_on_by_accident(file, match):
     with pytest.raises(FtkitError, match=match): find_layout(read_rows(shared(file)))
+
+
+# --- pairs and judgements -------------------------------------------------------------------------
+
+def talk(*texts): return [msg(r, t) for r, t in zip(("user", "assistant")*9, texts)]
+
+
+PAIR = Preference([u("q")], [a("y")], [a("n")])
+LONG_PAIR = Preference([u("p"), a("o"), u("q")], [a("y")], [a("n")])
+PAIRS = [
+    ("prompt_pair", dict(prompt="q", chosen="y", rejected="n"), PAIR),
+    ("prompt_pair", dict(prompt=[msg("user", "q")], chosen=[msg("assistant", "y")],
+                         rejected=[msg("assistant", "n")]), PAIR),
+    ("prompt_pair", dict(prompt=talk("p", "o", "q"), chosen=talk("p", "o", "q", "y"),
+                         rejected=talk("p", "o", "q", "n")), LONG_PAIR),
+    ("prompt_pair", dict(prompt="q", prompt_id="1", chosen=talk("q", "y"),
+                         rejected=talk("q", "n"), score_chosen=8.), PAIR),
+    ("prompt_pair", dict(source="s", prompt="q", question="q", chosen=talk("p", "o", "q", "y"),
+                         rejected=talk("p", "o", "q", "n")), LONG_PAIR),
+    ("prompt_pair", dict(prompt="q", chosen="y", rejected="n", margin=2),
+     Preference([u("q")], [a("y")], [a("n")], 2.)),
+    ("sides", dict(chosen=talk("p", "o", "q", "y"), rejected=talk("p", "o", "q", "n")), LONG_PAIR),
+    ("sides", dict(chosen=talk("q", "y", "r", "z"), rejected=talk("q", "n")),
+     Preference([u("q")], [a("y"), u("r"), a("z")], [a("n")])),
+    ("sides", dict(chosen="\n\nHuman: p\n\nAssistant: o\n\nHuman: q\n\nAssistant: y",
+                   rejected="\n\nHuman: p\n\nAssistant: o\n\nHuman: q\n\nAssistant: n"),
+     LONG_PAIR),
+    ("ranking", share(said(human="p"), said(gpt="o"), said(human="q"), chosen=said(gpt="y"),
+                      rejected=said(gpt="n")), LONG_PAIR),
+    ("ranking", dict(messages=talk("q"), system="s", chosen=msg("assistant", "y"),
+                     rejected=msg("assistant", "n")),
+     Preference([s("s"), u("q")], [a("y")], [a("n")])),
+    ("alpaca_ranking", dict(instruction="q", input="x", chosen="y", rejected="n"),
+     Preference([u("q\nx")], [a("y")], [a("n")])),
+    ("question_pair", dict(system="s", question="q", chosen="y", rejected="n"),
+     Preference([s("s"), u("q")], [a("y")], [a("n")])),
+    ("question_pair", dict(system="", question="q", chosen="y", rejected="n"), PAIR)]
+JUDGED = [
+    ("label", dict(prompt="q", completion="y", label=True), Feedback([u("q")], [a("y")], True)),
+    ("label", dict(prompt="q", completion=talk("q", "y"), label="False"),
+     Feedback([u("q")], [a("y")], False)),
+    ("label", dict(prompt=talk("q"), completion=[msg("assistant", "y")], label=0),
+     Feedback([u("q")], [a("y")], False)),
+    ("judged_talk", dict(messages=talk("p", "o", "q", "y"), label=True),
+     Feedback([u("p"), a("o"), u("q")], [a("y")], True)),
+    ("judged_talk", share(said(human="q"), said(gpt="y"), kto_tag=False),
+     Feedback([u("q")], [a("y")], False)),
+    ("judged_pair", dict(instruction="q", input="", output="y", kto_tag=True),
+     Feedback([u("q")], [a("y")], True))]
+
+
+@pytest.mark.parametrize("name, row, found", [*PAIRS, *JUDGED])
+def test_published_pairs(name, row, found):
+    read, table = (to_pairs, PREFERENCES) if isinstance(found, Preference) else (to_feedback,
+                                                                                  FEEDBACKS)
+    assert read([row]) == read([row], name) == [found]
+    assert find_layout([row], table) == name
+    assert all(l.name == n and l.doc for n, l in table.items())
+
+
+def test_every_kind_of_pair_is_in_the_grid():
+    assert {p[0] for p in PAIRS} == set(PREFERENCES) and {j[0] for j in JUDGED} == set(FEEDBACKS)
+
+
+def test_pairs_have_tools_weights_and_systems():
+    row = dict(prompt=talk("q"), chosen=[msg("assistant", "", tool_calls=[call("1")])],
+               rejected=[msg("assistant", "n")], tools=[TOOL], sample_weight=.5)
+    found = to_pairs([row], system="s")[0]
+    assert found.prompt.tools == [TOOL] and found.prompt.weight == .5
+    assert found.prompt[0] == s("s") and found.chosen[0].tool_calls[0].name == "f"
+    assert to_pairs([dict(x=1)], lambda row: PAIR)[0] == PAIR
+    assert to_pairs([dict(x=1)], lambda row: None).skipped == 1
+    with pytest.raises(FtkitError, match="row 1: expected a Preference"):
+        to_pairs([dict(x=1)], lambda row: QA)
+
+
+def test_prompts():
+    assert to_prompts([dict(prompt="q"), dict(prompt=talk("p", "o", "q"))]) == [
+        [u("q")], [u("p"), a("o"), u("q")]]
+    assert to_prompts([dict(prompt="q")], system="s")[0] == [s("s"), u("q")]
+    for row, match in ((dict(prompt=talk("q", "y")), "ends with the role 'assistant'"),
+                       (dict(text="q"), "'prompt' is missing"), (dict(prompt=[]), "is empty")):
+        with pytest.raises(FtkitError, match=f"row 1: .*{match}"): to_prompts([row])
+
+
+@pytest.mark.parametrize("read, row, match", [
+    (to_pairs, dict(prompt="q", chosen="y", rejected="y"), "are the same"),
+    (to_pairs, dict(chosen=talk("q", "y"), rejected=talk("q", "y")), "are the same"),
+    (to_pairs, dict(chosen=talk("q", "y"), rejected=talk("r", "y")), "share no prompt"),
+    (to_pairs, dict(chosen=talk("p", "o", "q", "y"), rejected=talk("p", "o", "r", "n")),
+     "part at message 3, which is no reply"),
+    (to_pairs, dict(chosen=talk("q", "y"), rejected=talk("q", "y", "r", "n")),
+     "chosen side is only the beginning"),
+    (to_pairs, dict(chosen=talk("q", "y", "r"), rejected=talk("q", "n")), "should end with a reply"),
+    (to_pairs, dict(chosen="q y", rejected="q n"), "should begin with"),
+    (to_pairs, dict(prompt=talk("q"), chosen=talk("r", "y"), rejected=talk("q", "n")),
+     "chosen answer begins with another prompt; message 1 differs"),
+    (to_pairs, dict(prompt=talk("q"), chosen=talk("q"), rejected=talk("q", "n")), "is empty"),
+    (to_pairs, dict(prompt=talk("q", "y"), chosen="y", rejected="n"), "nothing to answer"),
+    (to_pairs, dict(prompt="q", chosen="y\ud83d", rejected="n"), "half a character"),
+    (to_pairs, dict(prompt="q", chosen=3, rejected="n"), "'chosen' holds int"),
+    (to_pairs, dict(prompt="q", chosen="y", rejected="n", margin="much"), "'margin' is 'much'"),
+    (to_pairs, share(said(human="q"), chosen=said(human="y"), rejected=said(gpt="n")),
+     "chosen answer should begin with a reply"),
+    (to_pairs, dict(prompt="q", chosen=[msg("assistant", "a"), msg("tool", "b")], rejected="n"),
+     "message 2 answers a call"),
+    (to_feedback, dict(messages=talk("q", "y", "r"), label=True), "nothing to answer"),
+    (to_feedback, dict(messages=talk("q"), label=True), "needs a prompt as well"),
+    (to_feedback, dict(prompt="q", completion="y", label="good"), "'label' is 'good'"),
+    (to_feedback, dict(prompt="q", completion="y", label=.5), "'label' is 0.5")])
+def test_bad_pairs(read, row, match):
+    with pytest.raises(FtkitError, match=match) as e: read([row], where="x.json")
+    assert str(e.value).startswith("x.json, row 1")
+
+
+@pytest.mark.parametrize("row, match", [
+    (dict(prompt="q", question="q", chosen="y", rejected="n"), "two layouts fit"),
+    (dict(text="q"), "no layout fits")])
+def test_pairs_are_never_guessed(row, match):
+    with pytest.raises(FtkitError, match=match): to_pairs([row])
+
+
+@pytest.mark.parametrize("read, table", [(to_pairs, PREFERENCES), (to_feedback, FEEDBACKS)])
+def test_no_nonsense_crashes(read, table):
+    turn = {"from": None, "value": {}, "role": [], "content": {}}
+    names = {c for p in (*PAIRS, *JUDGED) for c in p[1]}
+    for name in table:
+        for value in (None, 7, "x", [], [None], {}, turn, [turn], ["x"], [{}]):
+            with pytest.raises(FtkitError, match="row 1"): read([dict.fromkeys(names, value)], name)
+
+
+def test_real_pairs():
+    found = to_pairs(read_rows(shared("dpo_en_demo.json")))
+    assert len(found) == 300 and sum(p.prompt[0].role == "system" for p in found) == 80
+    found = to_feedback(read_rows(shared("kto_en_demo.json")))
+    assert len(found) == 300 and sum(f.good for f in found) == 150
+    assert {len(f.completion) for f in found} == {1}

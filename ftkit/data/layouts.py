@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['SYSTEM_TEXTS', 'SPEAKERS', 'Layout', 'has_columns', 'text_in', 'from_pair', 'joined', 'from_colors', 'from_patient',
            'turns_in', 'has_turns', 'from_conversation', 'without_none', 'match_answers', 'from_messages',
-           'from_sharegpt', 'from_first_question', 'from_llava', 'from_guanaco', 'from_belle', 'from_utterances',
-           'from_text', 'from_prompt']
+           'from_sharegpt', 'from_first_question', 'from_llava', 'cut_at_marks', 'from_guanaco', 'from_belle',
+           'from_utterances', 'from_text', 'from_prompt']
 
 # %% ../../nbs/29_data.layouts.ipynb #ddbfbca9
 import json
@@ -267,9 +267,11 @@ def _turn(t, n):
     calls = calls if isinstance(calls, list) else [calls]
     return Message(role, "", _marks(t, role), [as_call(c) for c in calls])
 
-def from_sharegpt(row:dict)->list:
+def from_sharegpt(row:dict,
+                  columns=("conversations", "conversation", "messages") # Where they may be
+                 )->list:
     "Messages of a list of `from` and `value`."
-    turns = turns_in(row, "conversations", "conversation", "messages")
+    turns = turns_in(row, *columns)
     out = [_turn(t, n) for n,t in enumerate(turns, 1)]
     match_answers(out, [None]*len(out))
     return out if out[0].role == "system" else _system(row) + out
@@ -301,9 +303,11 @@ def from_llava(row:dict,
     return found
 
 # %% ../../nbs/29_data.layouts.ipynb #9e29e015
-def _marked(text, marks, what):
-    "Messages of a text that is cut before each of the `marks` (a mark and its role)."
-    found,pos = [],0
+def cut_at_marks(text:str,
+                 marks, # Pairs of a mark and the role of what follows it
+                 what   # What to call the text in errors
+                )->list:
+    "Messages of a text that is cut at marks."
     places = []
     for mark,role in marks:
         at = text.find(mark)
@@ -318,16 +322,16 @@ def _marked(text, marks, what):
 # %% ../../nbs/29_data.layouts.ipynb #7d49a6cf
 def from_guanaco(row:dict)->list:
     "Messages of a `text` with `### Human:` and `### Assistant:`."
-    found = _marked(text_in(row, "text"), [("### Human:", "user"), ("### Assistant:", "assistant")],
-                    "the text")
+    marks = [("### Human:", "user"), ("### Assistant:", "assistant")]
+    found = cut_at_marks(text_in(row, "text"), marks, "the text")
     while found and found[-1].role == "user": found.pop()
     return found or None
 
 def from_belle(row:dict)->list:
     "Messages of an `instruction` that holds all earlier turns, and the last reply as `output`."
     text = text_in(row, "instruction").strip()
-    found = _marked("\n" + text, [("\nHuman:", "user"), ("\nAssistant:", "assistant")],
-                    "the instruction")
+    marks = [("\nHuman:", "user"), ("\nAssistant:", "assistant")]
+    found = cut_at_marks("\n" + text, marks, "the instruction")
     if found[-1].role != "assistant" or found[-1].content:
         raise FtkitError("the instruction should end with 'Assistant:', whose reply is the output")
     return found[:-1] + [Message("assistant", text_in(row, "output").strip())]
