@@ -13,7 +13,8 @@ from ..core import FtkitError, unknown_name
 # %% ../../nbs/23_data.messages.ipynb #3e9a4748
 def _as_loss(value):
     "What a data set means: it may be a boolean, 0 or 1, a string, or None where a gap was filled."
-    known = {None: None, True: True, False: False, "true": True, "false": False, "": None}
+    if value is None or value is True or value is False: return value
+    known = {True: True, False: False, "true": True, "false": False, "": None}
     key = value.lower() if isinstance(value, str) else value
     if not isinstance(key, (str, bool, int, float, type(None))) or key not in known:
         raise FtkitError(f"'loss' is {value!r}; expected true or false")

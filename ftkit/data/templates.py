@@ -68,7 +68,7 @@ FORMATS = {f.name: f for f in (
 # %% ../../nbs/24_data.templates.ipynb #c07ad9cd
 class Template:
     "Turns a conversation into text. Training, preview and chat ask the same object."
-    name,eos,bos,tokenizer = None,"</s>","<s>",None
+    name,eos,bos,tokenizer,_kept = None,"</s>","<s>",None,None
     begin = ""                # What every text begins with: nothing, or "{bos}"
     def __repr__(self):
         bound = "" if self.tokenizer is None else ", bound"
@@ -85,7 +85,7 @@ class ChatTemplate(Template):
     "A template from the table."
     def __init__(self, format:ChatFormat):
         self.format,self.name,self.bos = format,format.name,format.bos or self.bos
-        self.begin,self._kept = self._begin(""),None
+        self.begin = self._begin("")
     def _begin(self, front):
         f = self.format
         if f.prefix or "{bos}" in f.user[0]: return f.prefix # or written before every turn
@@ -96,12 +96,11 @@ class ChatTemplate(Template):
         return list(dict.fromkeys([self._fill(self.format.end).strip(), *self.format.stop]))
     @property
     def form(self)->tuple: # The form with the tokens in place, and its `blocks`
-        key = self.begin,self.bos,self.eos
-        if self._kept is None or self._kept[0] != key:
+        if self._kept is None:
             f = ChatFormat(**self._fill(vars(self.format)))
             own = {"system": f.system, "user": f.user, "assistant": (f.reply, f.after)}
-            self._kept = key,f,{r: b for r,b in {**own, **f.others}.items() if b}
-        return self._kept[1:]
+            self._kept = f,{r: b for r,b in {**own, **f.others}.items() if b}
+        return self._kept
     @property
     def blocks(self)->dict: return self.form[1] # What stands before and after each role
 
@@ -146,8 +145,9 @@ class _Writer:
     def write(self, text):
         self.parts.append(text); self.pos += len(text)
     def content(self, text):
-        if text: self.data.append((self.pos, self.pos + len(text)))
-        self.write(text)
+        start = self.pos
+        self.parts.append(text); self.pos += len(text)
+        if text: self.data.append((start, self.pos))
     def role(self, start, role):
         if self.pos > start: self.roles.append((start, self.pos, role))
     def done(self)->Rendered:
@@ -160,7 +160,7 @@ class _Writer:
 def reply(self:_Writer, m, final):
     "Write a reply; `final` if nothing follows it."
     f = self.f
-    self.follow("assistant", f.reply)
+    if self.waiting: self.follow("assistant", f.reply)
     turn = self.pos
     self.write(f.reply)
     start = self.pos
@@ -181,7 +181,6 @@ def reply(self:_Writer, m, final):
 def follow(self:_Writer, role, before):
     "A turn that begins with `before` follows a reply whose end depends on it."
     m,self.waiting = self.waiting,None
-    if not m: return
     end = self.pos + len(before.partition("\n")[0])
     if self.f.role_ends: self.replies[-1] = (self.replies[-1][0][0], end),m
     elif self.f.next_label and role == "user" and m.loss is not False:
@@ -191,28 +190,29 @@ def follow(self:_Writer, role, before):
 @patch
 def block(self:_Writer, i, m, folded=None):
     "Write a turn that is no reply; `folded` is a system message to write inside of it."
-    f,style,said = self.f,self.style,m.content
-    listed = self.tools and i == (m.role == "user" and self.messages[0].role == "system")
-    before,after = self.blocks["environment" if m.name in f.names and m.role in ANSWERS else m.role]
-    if m.name in f.names: before = before[:-1] + f.names[m.name] + "\n"
-    if listed and m.role == "system" and style.system: before,after = style.system
-    if m.role == "user":
+    f,style,role,said = self.f,self.style,m.role,m.content
+    listed = self.tools and i == (role == "user" and self.messages[0].role == "system")
+    named = m.name is not None and f.names.get(m.name)
+    before,after = self.blocks["environment" if named and role in ANSWERS else role]
+    if named: before = before[:-1] + named + "\n"
+    if listed and role == "system" and style.system: before,after = style.system
+    if role == "user":
         self.users += 1
-        before = before.replace("{n}", str(self.users))
-    if m.role in f.trim: said = said.rstrip() if folded else said.strip()
-    self.follow(m.role, before)
+        if "{n}" in before: before = before.replace("{n}", str(self.users))
+    if role in f.trim: said = said.rstrip() if folded else said.strip()
+    if self.waiting: self.follow(role, before)
     turn = self.pos
     self.write(before)
     if folded:
-        self.role(turn, m.role); turn = self.pos
+        self.role(turn, role); turn = self.pos
         self.write(f.system[0]); self.content(folded.content)
         self.write(f.system[1] if said or not f.trim else f.system[1].rstrip())
         self.role(turn, "system"); turn = self.pos
-    if listed and m.role == "user": style.write(self, style.asked, self.tools)
+    if listed and role == "user": style.write(self, style.asked, self.tools)
     self.content(said)
-    if listed and m.role == "system": style.write(self, style.listed, self.tools)
+    if listed and role == "system": style.write(self, style.listed, self.tools)
     self.write(after)
-    self.role(turn, m.role)
+    self.role(turn, role)
 
 @patch
 def own_answer(self:_Writer, m)->bool:
@@ -251,7 +251,9 @@ def render(self:ChatTemplate,
         elif m.role in ANSWERS and w.own_answer(m): w.answer(i, m)
         else: w.block(i, m, folded); folded = None
     if not add_generation_prompt: w.write(f.closing)
-    else: w.follow("assistant", f.reply); w.write(f.reply)
+    else:
+        if w.waiting: w.follow("assistant", f.reply)
+        w.write(f.reply)
     return w.done()
 
 # %% ../../nbs/24_data.templates.ipynb #ccbe251a
@@ -281,7 +283,7 @@ def bind(self:Template, tokenizer)->Template: # A copy
     "This template with the tokens of `tokenizer`, after checking that the two fit."
     if self.tokenizer is tokenizer: return self
     bound,where = copy.copy(self),f"template={self.name}"
-    bound.tokenizer = tokenizer
+    bound.tokenizer,bound._kept = tokenizer,None
     bound.bos,bound.eos = tokenizer.bos_token or "",tokenizer.eos_token or ""
     bound.begin = self._begin(_front(tokenizer))
     end = bound.stop[0]
