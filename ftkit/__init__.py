@@ -19,7 +19,7 @@ _ROOMS = {  # module → the names of its that stand on the public face
     "data.formats": "layouts find_layout as_layout converter to_messages",
     "data.tokens": "Encoded EncodedBatch IGNORE",
     "data.encode": "EncodeReport encode encode_prompt encode_all encode_stream encode_batches",
-    "data.packing": "pack make_rows collate",
+    "data.packing": "pack fill make_rows collate",
     "data.preview": "preview",
     "data.store": "TokenStore open_store cache_folder clear_cache",
     "data.dataset": "DataConfig TuningData load_data",

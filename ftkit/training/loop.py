@@ -40,13 +40,14 @@ class Trainer:
                  eval_rows=None,          # A sequence to evaluate on
                  callbacks=(),            # Beside log, checkpoints and signals, always there
                  work_dir=None,           # Folder for log and checkpoints; None keeps nothing
-                 save=None):              # Function that writes the model's own files into a folder
+                 save=None,               # Function that writes the model's own files into a folder
+                 lengths=None):           # Of the rows: batches of like length; None: as drawn
         if not len(rows):
             raise FtkitError("there is nothing to train on", where="rows",
                              fix="Check the data set and its layout")
         self.cfg,self.optim = (cfg or TrainConfig()).check(),(optim or OptimConfig()).check()
         self.model,self.objective,self.collate = model,objective,collate
-        self.rows,self.eval_rows = rows,eval_rows
+        self.rows,self.eval_rows,self.lengths = rows,eval_rows,lengths
         self.work_dir,self.write_model = Path(work_dir) if work_dir else None,save
         always = [c() for c in (JsonlLog, SaveCheckpoints, StopOnSignal)
                   if not any(isinstance(o, c) for o in callbacks)]
@@ -73,7 +74,8 @@ def _plan(self:Trainer):
     cfg = self.cfg
     self.precision = pick_precision(cfg.precision, self.device)
     check_weights(self.model, self.precision)
-    self.plan = Plan(len(self.rows), cfg.batch_size, cfg.accumulate, self.world, cfg.seed)
+    self.plan = Plan(len(self.rows), cfg.batch_size, cfg.accumulate, self.world, cfg.seed,
+                     self.lengths)
     self.total_steps = cfg.max_steps or math.ceil(cfg.epochs*self.plan.per_epoch)
     self.parameters = [p for p in self.model.parameters() if p.requires_grad]
     self.optimizer = build_optimizer(self.model, self.optim)
