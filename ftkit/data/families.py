@@ -41,13 +41,14 @@ def _cohere(role):
 
 _LLAMA3 = dict(**_turns(_llama3_turn), end="<|eot_id|>", bos="<|begin_of_text|>",
                stop=("<|end_of_text|>", "<|eom_id|>"), tools=LLAMA3_TOOLS)
+_DATED = _llama3("system") + LLAMA3_DATES,"<|eot_id|>"
 _TRIM = "user","assistant"
 _TOKEN_FORMS = (
     ChatFormat("llama3_chat", **{**_LLAMA3, "stop": ("<|end_of_text|>",)},
                others={r: _llama3_turn(r) for r in ("tool", "ipython")},
                trim=(*_TRIM, "system", "tool", "ipython")),
-    ChatFormat("llama3_1_chat", **{**_LLAMA3, "system": (_llama3("system") + LLAMA3_DATES, "<|eot_id|>")},
-               opening=_llama3("system") + LLAMA3_DATES + "<|eot_id|>", trim=(*_TRIM, "system")),
+    ChatFormat("llama3_1_chat", **{**_LLAMA3, "system": _DATED}, opening="".join(_DATED),
+               trim=(*_TRIM, "system")),
     ChatFormat("gemma", **_turns(_gemma, False, assistant="model"), end="<end_of_turn>", after="\n",
                trim=_TRIM, bos="<bos>", stop=("<eos>",)),
     ChatFormat("phi3_chat", **_turns(_phi3), end="<|end|>", after="\n", closing="<|endoftext|>",
@@ -88,16 +89,17 @@ _WORD_FORMS = (
 
 # %% ../../nbs/27_data.families.ipynb #d55cf08c
 def _baichuan(n, **kwargs): # The ids of the two tokens are 195 and 196 in both versions
-    return dict(user=(f"<reserved_{n}>", ""), reply=f"<reserved_{n+1}>", system=("", ""), between="",
-                **kwargs)
+    return dict(user=(f"<reserved_{n}>", ""), reply=f"<reserved_{n+1}>", system=("", ""),
+                between="", **kwargs)
 def _chatglm3(role): return f"<|{role}|>\n ", ""
 
 _OPEN_FORMS = (
     ChatFormat("internlm_chat", user=("<|User|>:", "\n"), system=("<|System|>:", "\n"),
                reply="<|Bot|>:", end="<eoa>", after="\n", bos="<s>"),
     ChatFormat("chatglm2", user=("[Round {n}]\n\n问：", "\n\n"), reply="答：", between="\n\n"),
-    ChatFormat("chatglm3", user=_chatglm3("user"), system=_chatglm3("system"), reply="<|assistant|>",
-               lead="\n ", between="", role_ends=True, reply_names=True, prefix="[gMASK]sop",
+    ChatFormat("chatglm3", user=_chatglm3("user"), system=_chatglm3("system"),
+               reply="<|assistant|>", lead="\n ", between="", role_ends=True,
+               reply_names=True, prefix="[gMASK]sop",
                others={r: _chatglm3("observation") for r in ANSWERS}, tools=CHATGLM3_TOOLS,
                stop=("<|user|>", "<|observation|>")),
     ChatFormat("baichuan_chat", **_baichuan(102)),

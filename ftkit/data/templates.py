@@ -81,6 +81,7 @@ class Template:
         if not isinstance(text, str): return text
         return text.replace("{eos}", self.eos).replace("{bos}", self.bos)
 
+# %% ../../nbs/24_data.templates.ipynb #b99b4581
 class ChatTemplate(Template):
     "A template from the table."
     def __init__(self, format:ChatFormat):
@@ -130,7 +131,8 @@ def _checked(self:ChatTemplate, messages, tools=None):
                                                             "Choose another template")
     odd = f.single or f.fold_system
     for i,m in enumerate(messages):
-        if odd or m.tool_calls or m.role not in known: found = found or _unfit(f, known, messages, i)
+        if not found and (odd or m.tool_calls or m.role not in known):
+            found = _unfit(f, known, messages, i)
     if found: raise FtkitError(found[0], where=f"template={self.name}", fix=found[1])
     return messages
 
@@ -214,6 +216,7 @@ def block(self:_Writer, i, m, folded=None):
     self.write(after)
     self.role(turn, role)
 
+# %% ../../nbs/24_data.templates.ipynb #3a62eb2a
 @patch
 def own_answer(self:_Writer, m)->bool:
     "Whether the family has a way of its own to write this answer."
@@ -308,7 +311,7 @@ def stop_ids(self:Template, tokenizer=None)->list: # The trained end token first
 
 # %% ../../nbs/24_data.templates.ipynb #e575d5ae
 def _expression(*parts):
-    "Jinja for texts (with placeholders for tokens) and for expressions, in tuples, one after another."
+    "Jinja for texts (with placeholders for tokens) and expressions (in tuples), joined."
     out = []
     for part in parts:
         if isinstance(part, tuple): out.append(part[0]); continue
@@ -344,18 +347,21 @@ def _reply_code(f:ChatFormat)->str:
         calls = ("{% for c in m.tool_calls or [] %}{% set c = c.function or c %}"
                  + _either("m.content or not loop.first", _joined(style.between))
                  + style.code(style.call) + "{% endfor %}{% set ns.called = m.tool_calls %}")
-        text = _either("m.tool_calls", style.refusal()) + _either("m.content or not m.tool_calls", text)
+        text = (_either("m.tool_calls", style.refusal())
+                + _either("m.content or not m.tool_calls", text))
     end = _joined(f.end, f.after) if f.between is None else _either(
         "loop.last and not add_generation_prompt", _joined(f.end), _joined(f.between))
     return _joined(f.reply) + text + calls + end
 
+# %% ../../nbs/24_data.templates.ipynb #1f50d3d1
 def _user_code(f:ChatFormat)->str:
     "Jinja for what the user says."
     (before,after),said = f.user,_said(f, "user")
     before = _head(f, before)
     out = _joined(*before, said, after)
     if f.tools and f.tools.asked:
-        asked = _either(f"ns.tools and loop.index0 == ({_SYSTEM_FIRST})", f.tools.code(f.tools.asked))
+        asked = f.tools.code(f.tools.asked)
+        asked = _either(f"ns.tools and loop.index0 == ({_SYSTEM_FIRST})", asked)
         out = _joined(*before) + asked + _joined(said, after)
     if f.fold_system:
         inner = _expression(f.system[0], ("messages[0].content",), f.system[1], ("m.content",))
@@ -363,7 +369,7 @@ def _user_code(f:ChatFormat)->str:
         out = _either(f"loop.index0 == 1 and {_SYSTEM_FIRST}", _joined(*before, inner, after), out)
     return ("{% set ns.users = ns.users + 1 %}" if "{n}" in f.user[0] else "") + out
 
-# %% ../../nbs/24_data.templates.ipynb #1f50d3d1
+# %% ../../nbs/24_data.templates.ipynb #17265e9d
 def _block_code(f:ChatFormat, role, before, after)->str:
     "Jinja for a turn that is neither the user's nor a reply."
     style,said = f.tools,_said(f, role)
@@ -384,10 +390,11 @@ def _answer_code(f:ChatFormat)->str:
                        + _block_code(f, "environment", *f.others["environment"]))
     if not style or not style.answer: return out
     before,answer,after = style.answer
-    return (out + f"{{% elif m.role in {roles} and (ns.called or m.role not in {list(f.others)!r}) %}}"
+    own = f"m.role in {roles} and (ns.called or m.role not in {list(f.others)!r})"
+    follows = f"not loop.last and messages[loop.index0 + 1].role in {roles}"
+    return (out + "{% elif " + own + " %}"
             + _either(f"messages[loop.index0 - 1].role not in {roles}", _joined(before))
-            + style.code(answer)
-            + _either(f"loop.last or messages[loop.index0 + 1].role not in {roles}", _joined(after)))
+            + style.code(answer) + _either(f"not ({follows})", _joined(after)))
 
 # %% ../../nbs/24_data.templates.ipynb #cbc2a018
 @patch(as_prop=True)
@@ -432,7 +439,8 @@ class TextTemplate(Template):
         begin,content = self._fill(self.begin),messages[0].content
         start,stop = len(begin),len(begin) + len(content)
         data = [(start, stop)] if content else []
-        if add_generation_prompt: return Rendered(begin + content, [], data, [], [(start, stop, "text")])
+        if add_generation_prompt:
+            return Rendered(begin + content, [], data, [], [(start, stop, "text")])
         reply = [(start, stop + len(self.eos))]
         learned = [] if messages[0].loss is False else reply
         return Rendered(begin + content + self.eos, learned, data, reply, [(*reply[0], "text")])
