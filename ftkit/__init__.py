@@ -14,7 +14,7 @@ _ROOMS = {  # module → the names of its that stand on the public face
     "data.messages": "Message ToolCall Conversation as_messages",
     "data.templates": "Template Rendered",
     "data.families": "template template_names",
-    "data.files": "Rows read_rows",
+    "data.files": "Rows Source source read_rows media_path",
     "data.layouts": "Layout",
     "data.formats": "layouts find_layout as_layout converter to_messages",
     "data.tokens": "Encoded EncodedBatch IGNORE",

@@ -323,7 +323,7 @@ BAD = {
                   "x.jsonl, line 2: expected an object with named columns, found int"),
     "an object without a list": ("x.json", '{"a": 1}', "0 lists and the keys 'a'"),
     "an empty file": ("x.jsonl", "", "no rows"),
-    "an unknown kind": ("x.csv", "a,b", "'.csv' are not read"),
+    "an unknown kind": ("x.xls", "a,b", "'.xls' are not read"),
     "not UTF-8": ("x.jsonl", b'{"text": "\xe9"}', "not UTF-8 text"),
     "a column missing": ("x.jsonl", f'{GOOD}\n{{"instruction": "a", "answer": "b"}}',
                          "x.jsonl, line 2: the column 'output' is missing; found 'instruction', "
