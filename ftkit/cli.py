@@ -14,26 +14,43 @@ from pathlib import Path
 import ftkit as ft
 
 # %% ../nbs/82_cli.ipynb #b0393ed7
-def list_dataset_format()->None:
+def list_dataset_format(name:str=None # One layout only, with all there is to know
+                       )->None:
     "Print the layouts of data files: name, columns of a row, meaning."
-    for name,layout in ft.layouts().items():
-        print(f"{name:13} {layout.columns}\n{'':13} {layout.doc}")
+    known = ft.layouts()
+    if name not in (None, *known): raise ft.unknown_name("layout", name, known)
+    for n,layout in known.items() if name is None else [(name, known[name])]:
+        print(f"{n:18} {layout.columns}\n{'':18} {layout.doc}")
+    if name is None: return
+    print(f"{'':18} auto " + ("finds it" if layout.auto else f"leaves it out: --layout {name}"))
+    if layout.system: print(f"{'':18} system message: {layout.system}")
 
-# %% ../nbs/82_cli.ipynb #66e54bcf
+# %% ../nbs/82_cli.ipynb #98c4279a
+def _recipe(what):
+    "A recipe; for a data file that of nano with this file."
+    name = str(what)
+    is_data = name.startswith(("builtin:", "hub:")) or Path(name).exists() and name[-3:] != ".py"
+    if isinstance(what, ft.Recipe) or not is_data: return ft.load_recipe(what)
+    return ft.load_recipe("nano_lora_custom_e3").set(**{"data.path": name})
+
+# %% ../nbs/82_cli.ipynb #40146041
 SHOWS = "text masked_text input_ids labels all".split()
 
-def log_dataset(what,           # Name, file or `Recipe`
+def log_dataset(what,           # Name, recipe file or `Recipe`; or a data file
                 show:str="all", # "text", "masked_text", "input_ids", "labels" or "all"
+                row:int=1,      # Which row, from 1
                 **options       # Options to change, e.g. **{"data.path": "my.jsonl"}
                )->None:
-    "Print the first row that a recipe trains on."
+    "Print a row that a recipe trains on."
     if show not in SHOWS: raise ft.unknown_name("view", show, SHOWS)
-    r = ft.load_recipe(what).set(**options)
+    r = _recipe(what).set(**options)
     tokenizer = ft.load_tokenizer(r.model.path)
     data = ft.load_data(r.data, tokenizer)
-    row = data.rows[0]
-    views = dict(text=lambda: tokenizer.decode(row.ids), input_ids=lambda: row.ids,
-                 masked_text=lambda: ft.preview(row, tokenizer), labels=lambda: row.labels)
+    if not 0 < row <= len(data.rows):
+        raise ft.FtkitError(f"there is no row {row}; there are {len(data.rows):,}", where="row")
+    ids,labels = (list(map(int, x)) for x in (data.rows[row-1].ids, data.rows[row-1].labels))
+    views = dict(text=lambda: tokenizer.decode(ids), input_ids=lambda: ids, labels=lambda: labels,
+                 masked_text=lambda: ft.preview(data.rows[row-1], tokenizer, max_tokens=10_000))
     for name in views if show == "all" else [show]:
         if show == "all": print(f"--- {name}")
         _print(views[name]())
@@ -46,65 +63,18 @@ def _print(thing):
     Console(highlight=False).print(thing)
 
 # %% ../nbs/82_cli.ipynb #ded5ff9f
-def check_custom_dataset(file,                     # A data file
+def check_custom_dataset(file,                     # What to read: a file, a folder, …
                          layout:str="auto",        # Name of its layout
-                         template:str="tokenizer", # Template to render it with
+                         template:str="tokenizer", # Template to write it out with
                          model:str="nano",         # Whose tokenizer to use
-                         max_length:int=2048       # Longest sample
-                        )->list:                   # An error for each bad row
-    "Read, render and encode every row of a data file; print what is wrong with it, then counts."
-    rows,errors = _readable(file)
-    layout = _likely_layout(rows) if layout == "auto" else layout
-    name = "text" if layout == "text" and template == "tokenizer" else template
-    tokenizer,total = ft.load_tokenizer(model),ft.EncodeReport()
-    made = ft.template(name, tokenizer)
-    def work(rows):
-        if not (samples := ft.to_messages(rows, layout)): return
-        report = ft.encode_all(samples, made, tokenizer, max_length, progress=False)[1]
-        for k in _COUNTS: setattr(total, k, getattr(total, k) + getattr(report, k))
-    _sift(rows, work, errors)
-    for e in errors: print(f"- {e}")
-    counts = ", ".join(f"{getattr(total, k):,} {word}" for k,word in _COUNTS.items())
-    print(f"layout {layout}, template {name}: {len(errors):,} bad rows, {counts}")
-    return errors
-
-# %% ../nbs/82_cli.ipynb #87207588
-_COUNTS = dict(rows="good rows", tokens="tokens", learned="of them learned", truncated="rows cut")
-
-def _sift(rows, work, errors):
-    "Do `work` with all good rows; collect the errors of the bad ones."
-    if not rows: return
-    try: return work(rows)
-    except ft.FtkitError as e:
-        if len(rows) == 1: return errors.append(e)
-    half = len(rows)//2
-    for part in slice(half), slice(half, None):
-        _sift(ft.Rows(rows[part], rows.places[part]), work, errors)
-
-def _likely_layout(rows):
-    "The layout that most rows have; the rest are the bad ones."
-    votes = []
-    for row in rows:
-        try: votes.append(ft.find_layout([row]))
-        except ft.FtkitError: pass
-    return max(votes, key=votes.count) if votes else ft.find_layout(rows)
-
-# %% ../nbs/82_cli.ipynb #995a81fc
-def _readable(file):
-    "The rows of a file that can be read, and errors for the lines that can not."
-    try: return ft.read_rows(file),[]
-    except ft.FtkitError:
-        if Path(file).suffix != ".jsonl" or not Path(file).is_file(): raise
-    rows,errors = ft.Rows(places=[]),[]
-    for n,line in enumerate(Path(file).read_text(encoding="utf-8-sig").split("\n"), 1):
-        if not line.strip(): continue
-        try: row,problem = json.loads(line),None
-        except json.JSONDecodeError as e: row,problem = None,f"not valid JSON: {e.msg.lower()}"
-        if isinstance(row, dict): rows.append(row); rows.places.append((f"{file}, line", n))
-        else:
-            found = problem or f"expected an object with columns, found {type(row).__name__}"
-            errors.append(ft.FtkitError(found, where=f"{file}, line {n}"))
-    return rows,errors
+                         max_length:int=2048,      # Longest sample
+                         as_json:bool=False        # Print it for a program to read
+                        )->"DataReport":
+    "Read, write out and encode every row; print what is wrong with it, then what it is like."
+    report = ft.check_data(file, layout, template, ft.load_tokenizer(model), max_length)
+    if as_json: print(json.dumps(report.as_dict(), ensure_ascii=False, indent=1))
+    else: _print(report)
+    return report
 
 # %% ../nbs/82_cli.ipynb #1d24c749
 @dataclass
@@ -146,6 +116,7 @@ def _train(args):
     options = _changes(args)
     if args.precision: options["train.precision"] = args.precision
     if args.gradient_checkpointing: options["train.gradient_checkpointing"] = True
+    if args.skip_bad_rows: options["data.skip_bad_rows"] = True
     run = ft.train(args.recipe, args.work_dir, args.resume, args.seed, **options)
     print(f"{run!r}\nTalk to it:  ftkit chat {run.work_dir}", file=sys.stderr)
 
@@ -180,6 +151,7 @@ VERBS = {
         option("--fp16", "use float16", dest="precision", action="store_const", const="fp16"),
         option("--bf16", "use bfloat16", dest="precision", action="store_const", const="bf16"),
         option("--gradient-checkpointing", "less memory, more time", action="store_true"),
+        option("--skip-bad-rows", "leave out rows that cannot be read", action="store_true"),
         option("--deepspeed", "(not in this release)", metavar="CONFIG"),
         option("--sequence-parallel", "(not in this release)", metavar="N")], _train),
     "test": Verb("Score a checkpoint on held-out samples, beside its base and simple opponents.",
@@ -228,11 +200,12 @@ VERBS |= {
         _WHAT, option("CHECKPOINT", "a folder, or a .pth file of XTuner"), _OUT, _SET], _pth_to_hf)}
 
 # %% ../nbs/82_cli.ipynb #d95b4bd9
-def _log_dataset(args): log_dataset(args.recipe, args.show, **_changes(args))
+def _log_dataset(args): log_dataset(args.recipe, args.show, args.row, **_changes(args))
 
 def _check(args):
-    how = {k: v for k,v in vars(args).items() if k != "debug"}
-    return bool(check_custom_dataset(**how))
+    how = {k: v for k,v in vars(args).items() if k not in ("debug", "skip_bad_rows")}
+    report = check_custom_dataset(**how)
+    return not report.samples or bool(report.bad) and not args.skip_bad_rows
 
 def _version(args):
     from importlib.metadata import version
@@ -240,17 +213,22 @@ def _version(args):
     print(f"{'python':13} {sys.version.split()[0]}")
 
 VERBS |= {
-    "log-dataset": Verb("Show the first row that a recipe trains on.",
-                        "log-dataset nano_lora_colors_e4 --show masked_text", [
-        _WHAT, _SET, option("--show", ", ".join(SHOWS), "all")], _log_dataset),
+    "log-dataset": Verb("Show a row that a recipe trains on, or a row of a data file.",
+                        "log-dataset nano_lora_colors_e4 --show masked_text --row 2", [
+        option("RECIPE", "name of a recipe, a recipe file ending in .py, or a data file"),
+        _SET, option("--show", ", ".join(SHOWS), "all"),
+        option("--row", "which one", 1)], _log_dataset),
     "check-custom-dataset": Verb("Check every row of a data file.",
                                  "check-custom-dataset my.jsonl --layout alpaca", [
-        option("FILE", "a .json, .jsonl or .txt file"), option("--layout", "its layout", "auto"),
+        option("FILE", "a data file, a folder, …"), option("--layout", "its layout", "auto"),
         option("--template", "its template, by default the tokenizer's own", "tokenizer"),
         option("--model", "whose tokenizer to use", "nano"),
-        option("--max-length", "longest sample in tokens", 2048)], _check),
+        option("--max-length", "longest sample in tokens", 2048),
+        option("--skip-bad-rows", "count them; exit code 0", action="store_true"),
+        option("--json", "for a program to read", dest="as_json", action="store_true")], _check),
     "list-dataset-format": Verb("List the layouts that a data file may have.",
-                                "list-dataset-format", [], lambda args: list_dataset_format()),
+                                "list-dataset-format law_reference", [
+        option("NAME", "one of them", nargs="?")], lambda args: list_dataset_format(args.name)),
     "version": Verb("Show the versions of ftkit and of what it stands on.",
                     "version", [], _version)}
 

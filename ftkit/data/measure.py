@@ -43,17 +43,21 @@ def group_errors(errors # `FtkitError`s
 def text_key(text:str # Any text
             )->int:   # 64 bits
     "A number that is the same for texts that differ in white space and case only."
-    plain = " ".join(text.split()).casefold().encode("utf-8", "replace")
+    plain = _plain(text).encode("utf-8", "replace")
     return int.from_bytes(blake2b(plain, digest_size=8).digest(), "little")
+
+def _plain(text): return " ".join(text.split()).casefold()
 
 def sample_keys(messages)->tuple: # Both 0 where nothing is asked
     "Numbers for what comes before the first reply, and for all of a conversation."
-    said = [f"{m.role}\0{m.content}\0" + "".join(f"{c.name}{c.arguments}" for c in m.tool_calls)
-            for m in messages]
+    def plain(m):
+        calls = (f"{c.name} {c.arguments}" for c in m.tool_calls)
+        return "\0".join([m.role, _plain(m.content), *calls])
+    said = [plain(m) for m in messages]
     first = next((i for i,m in enumerate(messages) if m.role == "assistant"), 0)
     tools = str(getattr(messages, "tools", None) or "")
-    whole = text_key(tools + "\0".join(said))
-    return (text_key(tools + "\0".join(said[:first])) if first else 0),whole
+    whole = text_key(tools + "\1".join(said))
+    return (text_key(tools + "\1".join(said[:first])) if first else 0),whole
 
 def repeats(keys:np.ndarray # A number for each sample
            )->list:         # Arrays of the places of equal numbers, in the order of the first
@@ -105,18 +109,19 @@ def histogram(lengths # Of the samples, in tokens
 # %% ../../nbs/37_data.measure.ipynb #5d5d4cbb
 def at_length(lengths,         # Tokens of each sample, an array
               first,           # In each, the place of the first learned token
+              last,            # In each, the place after the last learned token
               max_length:int,
               batch_size:int=8,# Rows in a step
               documents=False, # Long samples are continued in further rows, not cut
               most:int=100_000 # Estimate the packing from so many, evenly spread
              )->dict:
     "What a data set would be like with this `max_length`."
-    long = lengths > max_length
-    useless = long & (first >= max_length - 1) & (not documents)
+    useless = (last > max_length) & (first >= max_length - 1) & (not documents)
+    long = (lengths if documents else last) > max_length
     if documents:
         parts = -(-lengths//max_length)
         kept = np.repeat(lengths/parts, parts).astype(int)
-    else: kept = np.minimum(lengths, max_length)[~useless]
+    else: kept = np.where(lengths > max_length, np.minimum(last, max_length), lengths)[~useless]
     some = kept[::-(-len(kept)//most) or 1]
     rows = len(pack(some.tolist(), max_length))*len(kept)/max(1, len(some))
     lost = 0 if documents else int((lengths - max_length)[long & ~useless].sum())
