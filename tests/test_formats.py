@@ -438,6 +438,34 @@ def test_functions_of_ones_own(tmp_path, monkeypatch):
     assert as_layout(as_layout("alpaca")) is layouts()["alpaca"]
 
 
+def test_llama_factorys_descriptions(tmp_path):
+    tags = dict(role_tag="role", content_tag="content", user_tag="user", assistant_tag="bot")
+    entries = {
+        "plain": {"file_name": "a.json"}, "chat": {"formatting": "sharegpt"},
+        "named": {"columns": {"prompt": "frage", "response": "antwort", "system": "rolle"}},
+        "tagged": {"formatting": "sharegpt", "columns": {"messages": "turns", "tools": "apis"},
+                   "tags": tags},
+        "text": {"columns": {"prompt": "content"}}, "pairs": {"ranking": True},
+        "pictures": {"formatting": "sharegpt", "columns": {"messages": "m", "images": "pics"}}}
+    (tmp_path/"dataset_info.json").write_text(json.dumps(entries))
+    (tmp_path/"1.jpg").touch()
+
+    def read(name, row):
+        return to_messages([row], f"{tmp_path}/dataset_info.json:{name}", root=tmp_path)[0]
+    assert read("plain", dict(instruction="q", input="x", output="y")) == [u("q\nx"), a("y")]
+    assert read("chat", dict(conversations=[said(human="q"), said(gpt="y")])) == QA
+    assert read("named", dict(frage="q", antwort="y", rolle="s", input="other")) == [s("s"), *QA]
+    tagged = read("tagged", dict(turns=[msg("user", "q"), msg("bot", "y")], apis=[TOOL]))
+    assert tagged == QA and tagged.tools == [TOOL]
+    assert read("text", dict(content="q")) == [Message("text", "q")]
+    seen = read("pictures", dict(m=[said(human="<image>"), said(gpt="y")], pics=["1.jpg"]))
+    assert len(seen.images) == 1
+    for name, row, match in (("pairs", {}, "pairs of replies"), ("plan", {}, "Did you mean 'plain'"),
+                             ("chat", dict(conversations=[said(robot="q")]), "row 1: .*'robot'"),
+                             ("named", dict(frage="q"), "row 1: the column 'antwort' is missing")):
+        with pytest.raises(FtkitError, match=match): read(name, row)
+
+
 # --- trees ----------------------------------------------------------------------------------------
 
 def node(i, parent, role, text, rank=None, **more):
@@ -474,6 +502,8 @@ def test_each_reply_of_a_tree_is_learned_once():
     (TREE + TREE[:1], "row 13: the message_id '1' occurs twice"),
     ([{**TREE[0], "text": None}], "row 1: the column 'text' is missing"),
     ([{**TREE[0], "role": "user"}], "row 1: unknown role 'user'"),
+    ([{**TREE[0], "parent_id": 7}], "row 1: the column 'parent_id' holds int"),
+    ([TREE[0], {**TREE[1], "rank": "first"}], "row 2: the column 'rank' is 'first'"),
     ([node("1", "2", "prompter", "a"), node("2", "1", "assistant", "b")], "row 1: .*circle")])
 def test_broken_trees(rows, match):
     with pytest.raises(FtkitError, match=match): to_messages(rows, "oasst1_tree")
