@@ -180,33 +180,185 @@ def test_the_tokenizers_own_template_finds_the_same_spans(messages, gen):
 OWN = [(tok := byte_level(chat_template=template(n).jinja), template(n, tok)) for n in NAMED]
 
 
+# --- tools, as the authors write them -------------------------------------------------------------
+
+TOOL = dict(name="get_weather", description="Weather", parameters=dict(type="object", properties={}))
+ASKED = [dict(role="user", content=" Wetter in Bern? "),
+         dict(role="assistant", content="", tool_calls=[dict(type="function", id="1", function=dict(
+             name="get_weather", arguments='{"city": "Zürich", "days": 2}'))]),
+         dict(role="tool", content='{"rain": "ja"}', tool_call_id="1"),
+         dict(role="assistant", content="Ja.")]
+SYSTEM = dict(role="system", content=" Be brief. ")
+
+QWEN = """<|im_start|>system
+SYSTEM
+
+# Tools
+
+You may call one or more functions to assist with the user query.
+
+You are provided with function signatures within <tools></tools> XML tags:
+<tools>
+{"type": "function", "function": {"name": "get_weather", "description": "Weather", \
+"parameters": {"type": "object", "properties": {}}}}
+</tools>
+
+For each function call, return a json object with function name and arguments within \
+<tool_call></tool_call> XML tags:
+<tool_call>
+{"name": <function-name>, "arguments": <args-json-object>}
+</tool_call><|im_end|>
+<|im_start|>user
+ Wetter in Bern? <|im_end|>
+<|im_start|>assistant
+<tool_call>
+{"name": "get_weather", "arguments": {"city": "Zürich", "days": 2}}
+</tool_call><|im_end|>
+<|im_start|>user
+<tool_response>
+{"rain": "ja"}
+</tool_response><|im_end|>
+<|im_start|>assistant
+Ja.<|im_end|>
+"""
+LLAMA3 = """<|begin_of_text|><|start_header_id|>system<|end_header_id|>
+
+Environment: ipython
+Cutting Knowledge Date: December 2023
+Today Date: 26 Jul 2024
+
+SYSTEM<|eot_id|><|start_header_id|>user<|end_header_id|>
+
+Given the following functions, please respond with a JSON for a function call with its proper \
+arguments that best answers the given prompt.
+
+Respond in the format {"name": function name, "parameters": dictionary of argument name and its \
+value}.Do not use variables.
+
+{
+    "type": "function",
+    "function": {
+        "name": "get_weather",
+        "description": "Weather",
+        "parameters": {
+            "type": "object",
+            "properties": {}
+        }
+    }
+}
+
+Wetter in Bern?<|eot_id|><|start_header_id|>assistant<|end_header_id|>
+
+{"name": "get_weather", "parameters": {"city": "Zürich", "days": 2}}<|eot_id|>\
+<|start_header_id|>ipython<|end_header_id|>
+
+"{\\"rain\\": \\"ja\\"}"<|eot_id|><|start_header_id|>assistant<|end_header_id|>
+
+Ja.<|eot_id|>"""
+INTERNLM2 = """<s>SYSTEM<|im_start|>system name=<|plugin|>
+[{"name": "get_weather", "description": "Weather", "parameters": \
+{"type": "object", "properties": {}}}]<|im_end|>
+<|im_start|>user
+ Wetter in Bern? <|im_end|>
+<|im_start|>assistant
+<|action_start|><|plugin|>
+{"name": "get_weather", "parameters": {"city": "Zürich", "days": 2}}<|action_end|><|im_end|>
+<|im_start|>environment name=<|plugin|>
+{"rain": "ja"}<|im_end|>
+<|im_start|>assistant
+Ja.<|im_end|>
+"""
+CHATGLM3 = """[gMASK]sop<|system|>
+ SYSTEM
+[
+    {
+        "name": "get_weather",
+        "description": "Weather",
+        "parameters": {
+            "type": "object",
+            "properties": {}
+        }
+    }
+]<|user|>
+  Wetter in Bern? <|assistant|>get_weather
+ ```python
+tool_call(city='Zürich', days=2)
+```<|observation|>
+ {"rain": "ja"}<|assistant|>
+ Ja.</s>"""
+GLM_OPENING = "Answer the following questions as best as you can. You have access to the following tools:"
+
+
+@pytest.mark.parametrize("name,text,without,given", [
+    ("qwen2_5_chat", QWEN, "You are Qwen, created by Alibaba Cloud. You are a helpful assistant.",
+     " Be brief. "),
+    ("qwen_chat", QWEN, "You are a helpful assistant.", " Be brief. "),
+    ("llama3_1_chat", LLAMA3, "", "Be brief."), ("llama3_chat", LLAMA3, "", "Be brief."),
+    ("internlm2_chat", INTERNLM2, "", "<|im_start|>system\n Be brief. <|im_end|>\n"),
+    ("chatglm3", CHATGLM3, GLM_OPENING, " Be brief. ")])
+def test_tools_as_the_authors_write_them(name, text, without, given):
+    t = template(name)
+    for messages, system in (ASKED, without), ([SYSTEM, *ASKED], given):
+        r = t.render(messages, tools=[TOOL])
+        plain = [dict(m) for m in messages]
+        if name == "chatglm3":                               # Jinja can't read JSON
+            plain[-3]["tool_calls"] = [dict(name="get_weather",
+                                            arguments=dict(city="Zürich", days=2))]
+            with pytest.raises(jinja2.TemplateError, match="as an object"):
+                by_jinja(t, messages, False)
+        assert r.text == text.replace("SYSTEM", system) == by_jinja(t, plain, False, [TOOL])
+        learned = [r.text[a:b] for a, b in r.spans]
+        assert len(learned) == 2 and "Zürich" in learned[0] and "Ja." in learned[1]
+        assert not any(word in x for x in learned for word in ("Weather", "rain", "Wetter"))
+        assert {role for *_, role in r.roles} <= {"system", "user", "assistant", "tool"}
+        data = [r.text[a:b] for a, b in r.data]
+        assert all(any(x in d for d in data) for x in ("Weather", "Zürich", "rain", "Wetter", "Ja."))
+    lifted = [dict(SYSTEM, tools=[TOOL]), *ASKED]            # as ChatGLM3's own files have it
+    assert t.render(lifted).text == text.replace("SYSTEM", given)
+    silenced = [ASKED[0], dict(ASKED[1], loss=False), *ASKED[2:]]
+    assert len(t.render(silenced, tools=[TOOL]).spans) == 1
+
+
+def test_calls_in_a_row():
+    two = [ASKED[0], dict(ASKED[1], content="Both.", tool_calls=ASKED[1]["tool_calls"]*2),
+           ASKED[2], ASKED[2], ASKED[3]]
+    text = template("qwen2_5_chat").render(two).text
+    assert text.count("<|im_start|>user\n") == 2 and text.count("\n<tool_response>\n") == 2
+    assert "<|im_start|>assistant\nBoth.\n<tool_call>" in text
+    text = template("internlm2_chat").render(two).text
+    assert "Both.<|action_start|>" in text and text.count("<|action_end|><|action_start|>") == 1
+    for name in "chatglm3", "llama3_chat", "llama3_1_chat":
+        with pytest.raises(FtkitError, match="one call in a reply, and message 2 has 2"):
+            template(name).render(two)
+
+
+def test_families_without_tools_refuse_them():
+    known = "qwen_chat", "qwen2_5_chat", "internlm2_chat", "chatglm3", "llama3_chat", "llama3_1_chat"
+    for name in ALL:
+        if name in known: continue
+        with pytest.raises(FtkitError, match="no tools|reads about its tools"):
+            template(name).render(ASKED[:1], tools=[TOOL])
+        with pytest.raises(FtkitError, match="no tools|no tool role|Inner thoughts|room for one"):
+            template(name).render(ASKED)
+
+
+def test_names_and_metadata():
+    messages = [dict(role="system", content="[]", name="plugin"), ASKED[0],
+                dict(role="assistant", content="x"), dict(role="tool", content="1", name="plugin"),
+                dict(role="environment", content="2"), dict(role="tool", content="3", name="f")]
+    assert template("internlm2_chat").render(messages).text == (
+        "<s><|im_start|>system name=<|plugin|>\n[]<|im_end|>\n<|im_start|>user\n Wetter in Bern? "
+        "<|im_end|>\n<|im_start|>assistant\nx<|im_end|>\n<|im_start|>environment name=<|plugin|>\n"
+        "1<|im_end|>\n<|im_start|>environment\n2<|im_end|>\n<|im_start|>tool\n3<|im_end|>\n")
+    glm = [ASKED[0], dict(role="assistant", content="f(x)", metadata="f"),
+           dict(role="observation", content="1", metadata="")]
+    r = template("chatglm3").render(glm, True)
+    assert r.text == ("[gMASK]sop<|user|>\n  Wetter in Bern? <|assistant|>f\n f(x)<|observation|>\n 1"
+                      "<|assistant|>")
+    assert [r.text[a:b] for a, b in r.spans] == ["f\n f(x)<|observation|>"]
+
+
 # --- templates as they occur in the wild ----------------------------------------------------------
-
-THINK = """{%- for m in messages %}
-{%- set text = m.content %}
-{%- if m.role == 'assistant' %}{%- set text = text.split('</think>')[-1].lstrip('\n') %}{%- endif %}
-{{- '<|im_start|>' + m.role + '\n' }}
-{%- if m.role == 'assistant' and loop.last %}{{- '<think>\n\n</think>\n\n' }}{%- endif %}
-{{- text + '<|im_end|>\n' }}{%- endfor %}
-{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{%- endif %}"""
-
-
-def test_template_that_writes_a_thinking_block():
-    t = JinjaTemplate(byte_level(chat_template=THINK))
-    r = t.render(turns("a", "b", "c", "d"))
-    assert [r.text[a:b] for a, b in r.spans] == ["b<|im_end|>",
-                                                 "<think>\n\n</think>\n\nd<|im_end|>"]
-    assert [r.text[a:b] for a, b in r.data] == list("abcd")
-
-
-def test_template_that_rewrites_what_was_said():
-    t = JinjaTemplate(byte_level(chat_template=THINK))
-    r = t.render(turns("a", "<think>hm</think>b"))      # the reasoning is dropped
-    assert [r.text[a:b] for a,
-            b in r.spans] == ["<think>\n\n</think>\n\nb<|im_end|>"] and r.data == []
-    with pytest.raises(FtkitError, match="message 1 holds '</s>' as text"):
-        t.render(turns("</s>", "<think>hm</think>b"))
-
 
 def test_prompt_that_is_not_a_beginning():
     source, prompt, end = template("qwen_chat").jinja.rpartition("<|im_start|>assistant\\n")
@@ -267,6 +419,33 @@ def test_begin_token_exactly_once():
     assert template("default", byte_level()).render(turns("a", "b")).text.count("<s>") == 0
     llama2 = template("llama2_chat", adding)
     assert llama2.render(turns("a", "b")).text.startswith("<s>[INST]")
+
+
+def test_tokens_that_a_tokenizer_puts_in_front():
+    from tokenizers.processors import TemplateProcessing
+    for front in (["<s>"], ["[gMASK]", "sop"]):
+        tok = byte_level(["<pad>", "<s>", "</s>", "[gMASK]", "sop", "<|user|>"])
+        ids = [(x, tok.convert_tokens_to_ids(x)) for x in front]
+        tok.backend_tokenizer.post_processor = TemplateProcessing(
+            single=" ".join([*front, "$A"]), special_tokens=ids)
+        for name in "chatglm2", "vicuna", "alpaca", "minicpm", "default":
+            t = template(name, tok)
+            assert t.render(turns("a")).text.startswith("".join(front))
+            assert by_jinja(t, turns("a"), True) == t.render(turns("a"), True).text
+        glm = template("chatglm3", tok).render(turns("a", "b")).text
+        assert glm == "[gMASK]sop<|user|>\n a<|assistant|>\n b</s>"
+
+
+def test_end_of_a_reply_in_the_middle():
+    ends = dict(chatglm2="", baichuan_chat="", baichuan2_chat="", minicpm="", chatglm3="<|user|>")
+    for name in ALL:
+        t = template(name)
+        assert t.mid_end == ends.get(name, t.stop[0])
+        if t.format.single: continue
+        r = t.render(turns("a", "b", "c", "d"))
+        first, second = (r.text[a:b] for a, b in r.spans)
+        assert first.endswith(t.mid_end) and second.endswith(t.stop[0])
+        assert first.strip()[0] == "b" and second.strip()[0] == "d"
 
 
 def test_names():

@@ -73,6 +73,8 @@ class Template:
     def __repr__(self):
         bound = "" if self.tokenizer is None else ", bound"
         return f"{type(self).__name__}({self.name!r}{bound})"
+    @property
+    def mid_end(self)->str: return self.stop[0] # What ends a reply that the user has answered
     def _begin(self, front:str)->str: return front # What the tokenizer puts before a text
     def _fill(self, text):
         "`text`, or all texts in it, with the tokens in place."
@@ -95,6 +97,11 @@ class ChatTemplate(Template):
     @property
     def stop(self)->list: # Texts that end a reply, the one that is trained first
         return list(dict.fromkeys([self._fill(self.format.end).strip(), *self.format.stop]))
+    @property
+    def mid_end(self)->str: # May be nothing, or the token that begins the user's next turn
+        f = self.form[0]
+        if f.between is None: return self.stop[0]
+        return f.user[0].partition("\n")[0] if f.role_ends else ""
     @property
     def form(self)->tuple: # The form with the tokens in place, and its `blocks`
         if self._kept is None:

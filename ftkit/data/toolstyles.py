@@ -34,8 +34,9 @@ SLOTS = {
     "arguments": (lambda c: _dumps(c.arguments),
                   "{{ c.arguments if c.arguments is string else c.arguments | tojson }}"),
     "keywords": (lambda c: ", ".join(f"{k}={v!r}" for k,v in c.arguments.items()),
-                 "{% for k, v in c.arguments | items %}{{ k ~ '=' ~ '%r' | format(v) }}"
-                 "{% if not loop.last %}, {% endif %}{% endfor %}"),
+                 "{% if c.arguments is string %}" + _refusal("needs arguments as an object")
+                 + "{% endif %}{% for k, v in c.arguments | items %}"
+                 "{{ k ~ '=' ~ '%r' | format(v) }}{% if not loop.last %}, {% endif %}{% endfor %}"),
     # of an answer
     "content": (lambda m: m.content, "{{ m.content }}"),
     "json": (lambda m: _dumps(m.content), "{{ m.content | tojson }}")}
