@@ -49,8 +49,9 @@ def log_dataset(what,           # Name, recipe file or `Recipe`; or a data file
     if not 0 < row <= len(data.rows):
         raise ft.FtkitError(f"there is no row {row}; there are {len(data.rows):,}", where="row")
     ids,labels = (list(map(int, x)) for x in (data.rows[row-1].ids, data.rows[row-1].labels))
-    views = dict(text=lambda: tokenizer.decode(ids), input_ids=lambda: ids, labels=lambda: labels,
-                 masked_text=lambda: ft.preview(data.rows[row-1], tokenizer, max_tokens=10_000))
+    def masked(): return ft.preview(data.rows[row-1], tokenizer, max_tokens=10_000)
+    views = dict(text=lambda: tokenizer.decode(ids), input_ids=lambda: ids, masked_text=masked,
+                 labels=lambda: labels)
     for name in views if show == "all" else [show]:
         if show == "all": print(f"--- {name}")
         _print(views[name]())

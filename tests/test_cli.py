@@ -91,7 +91,7 @@ def test_version(capsys):
 def test_train_left_a_whole_run(tuned):
     assert sorted(p.name for p in tuned.iterdir() if p.name[0] != ".") == \
            ["checkpoint-000003", "log.jsonl", "recipe.py"]
-    assert ftkit.load_recipe(tuned/"recipe.py") == ftkit.recipe(RECIPE).set(max_steps=3, seed=7)
+    assert ftkit.load_recipe(tuned/"recipe.py") == ftkit.recipe(RECIPE).set(**{"train.max_steps": 3, "train.seed": 7})
 
 
 def test_chat_prints_the_answer_and_nothing_else(tuned):
@@ -133,11 +133,65 @@ def test_log_dataset_shows_what_is_learned(capsys):
            ["--- text", "--- input_ids", "--- masked_text", "--- labels"]
 
 
+def test_log_dataset_shows_any_row_and_any_file(here, capsys, fails):
+    rows = ftkit.color_rows("train")
+    for n in 1, 5, len(rows):
+        line = ["log-dataset", RECIPE, "--set", "data.packing=off", "--show", "text", "--row", str(n)]
+        assert main(line) == 0
+        assert rows[n-1]["color"] in capsys.readouterr().out
+    fails(f"log-dataset {RECIPE} --row 9999", "no row 9999")
+    (here/"mine.jsonl").write_text(row(instruction="Say one.", output="It is one."))
+    assert main(["log-dataset", "mine.jsonl", "--show", "masked_text"]) == 0
+    assert "⟦It is one.<|im_end|>⟧" in capsys.readouterr().out
+    fails("log-dataset lost.jsonl", "lost.jsonl")
+
+
+def test_list_dataset_format(capsys, fails):
+    assert main(["list-dataset-format"]) == 0
+    out = capsys.readouterr().out
+    for name in ftkit.layouts(): assert f"\n{name} " in f"\n{out}"
+    assert main(["list-dataset-format", "alpaca"]) == 0
+    assert "auto finds it" in capsys.readouterr().out
+    fails("list-dataset-format alpca", "'alpaca'")
+
+
+def test_check_of_a_huge_number_of_bad_rows(here, capsys):
+    with open("bad.jsonl", "w") as f:
+        f.write(GOOD + "\n")
+        for i in range(30_000): f.write('{"instruction": %d}\n' % i if i % 2 else "{\n")
+    assert main(["check-custom-dataset", "bad.jsonl"]) == 1
+    out = capsys.readouterr().out
+    assert "30,000 of them bad" in out and len(out) < 3000 and "and 14,997 more" in out
+    assert main(["check-custom-dataset", "bad.jsonl", "--json"]) == 1
+    assert len(json.loads(capsys.readouterr().out)["bad"]) == 30_000
+
+
+def test_check_of_other_encodings(here, capsys):
+    (here/"bom.jsonl").write_bytes(b"\xef\xbb\xbf" + GOOD.encode())
+    assert main(["check-custom-dataset", "bom.jsonl"]) == 0
+    (here/"latin.jsonl").write_bytes(b"\n".join([GOOD.encode()]*3)
+                                     + '\n{"instruction": "café", "output": "x"}'.encode("latin-1"))
+    assert main(["check-custom-dataset", "latin.jsonl"]) == 1
+    out, err = capsys.readouterr()
+    assert "latin.jsonl" in out + err and "UTF-8" in out + err
+
+
+def test_a_report_may_be_piped_to_head(here):
+    with open("many.jsonl", "w") as f:
+        for i in range(3000): f.write('{"instruction": %d}\n' % i)
+        f.write(GOOD)
+    command = " ".join([*COMMAND, "check-custom-dataset", "many.jsonl", "--json",
+                       "--layout", "alpaca"])
+    done = subprocess.run(f"{command} | head -2", shell=True, capture_output=True, text=True)
+    assert done.stdout.startswith("{") and done.stderr == ""
+
+
 def test_check_custom_dataset_counts(here, capsys):
     (here/"d.jsonl").write_text("".join(json.dumps(r) + "\n" for r in ftkit.color_rows("test")))
     assert main(["check-custom-dataset", "d.jsonl"]) == 0
-    assert f"layout colors, template tokenizer: 0 bad rows, {len(ftkit.color_rows('test'))} good" \
-           in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "layout colors, template tokenizer" in out and "bad" not in out
+    assert re.search(f"samples +{len(ftkit.color_rows('test'))}\n", out)
 
 
 # ------------------------------------------------------------ names and options
@@ -169,10 +223,11 @@ def test_flags_are_short_for_options(monkeypatch):
         seen.update(args=args, options=options)
         return ftkit.Run([], Path("x"))
     monkeypatch.setattr(ftkit, "train", train)
-    line = "train NAME --bf16 --gradient-checkpointing --resume --cfg-options a=b=c"
+    line = "train NAME --bf16 --gradient-checkpointing --skip-bad-rows --resume --cfg-options a=b=c"
     assert main(line.split()) == 0
     assert seen == dict(args=("NAME", None, "auto", None), options={
-        "a": "b=c", "train.precision": "bf16", "train.gradient_checkpointing": True})
+        "a": "b=c", "train.precision": "bf16", "train.gradient_checkpointing": True,
+        "data.skip_bad_rows": True})
 
 
 # ------------------------------------------------------------ bad data
@@ -214,15 +269,15 @@ def test_bad_rows_are_found_by_the_check(what, words, lines, here, capsys):
     line = f"check-custom-dataset data.jsonl --layout {layout} --max-length 128"
     assert main(line.split()) == 1
     out = capsys.readouterr().out
-    for w in words: assert w in out, out
-    assert re.search(r"[12] bad rows", out)
+    for w in words: assert w.removeprefix("data.jsonl, ") in out, out
+    assert re.search(r"[12] of them bad", out)
 
 
 def test_bad_files(here, fails):
     base = "train nano_lora_custom_e1 --set data.path="
     fails(base + "lost.jsonl", "lost.jsonl", "no such file")
     (here/"a.csv").write_text("a,b")
-    fails(base + "a.csv", "a.csv", ".jsonl")
+    fails(base + "a.csv", "a.csv", "no rows")
     (here/"e.json").write_text("[\n{\"a\": 1,}\n]")
     fails(base + "e.json", "e.json, line 2")
     (here/"latin.jsonl").write_bytes(row(instruction="a", output="b").encode() + b"\xff")
@@ -230,7 +285,7 @@ def test_bad_files(here, fails):
     (here/"empty.jsonl").write_text("")
     fails(base + "empty.jsonl", "empty.jsonl", "no rows")
     (here/"odd.jsonl").write_text(row(question="a", reply="b"))
-    fails(base + "odd.jsonl", "'question', 'reply'", "alpaca: instruction, output")
+    fails(base + "odd.jsonl", "'question', 'reply'", "question_answer: question, answer")
     fails("check-custom-dataset lost.jsonl", "lost.jsonl")
     fails("train nano_lora_custom_e1", "data.path", "--set data.path=my.jsonl")
     assert not (here/"runs").exists()
