@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['pack_arrays', 'pack', 'Fill', 'fill', 'Row', 'make_row', 'make_rows', 'block_causal', 'collate']
 
-# %% ../../nbs/33_data.packing.ipynb #67fda88b
+# %% ../../nbs/33_data.packing.ipynb #013c8eb3
 from bisect import bisect_left, insort
 from dataclasses import dataclass
 import numpy as np
@@ -14,7 +14,7 @@ from torch import Tensor
 from ..core import FtkitError
 from .tokens import IGNORE, Encoded
 
-# %% ../../nbs/33_data.packing.ipynb #c32931ef
+# %% ../../nbs/33_data.packing.ipynb #dd35aef7
 def _place(sizes, counts, max_length:int)->np.ndarray:
     "The row of each sample, the samples being sorted from long to short."
     rows,done,opened = np.empty(counts.sum(), np.int64),0,0
@@ -41,7 +41,7 @@ def _place(sizes, counts, max_length:int)->np.ndarray:
             done,count = done + placed,count - placed
     return rows
 
-# %% ../../nbs/33_data.packing.ipynb #3e3388ae
+# %% ../../nbs/33_data.packing.ipynb #5b680883
 def pack_arrays(lengths,        # Lengths of the samples
                 max_length:int, # Room in a row
                 seed:int=None   # Of the order of rows; None for the order of their first samples
@@ -74,27 +74,40 @@ def pack(lengths, max_length:int,
     samples,starts = samples.tolist(),starts.tolist()
     return [samples[a:b] for a,b in zip(starts, starts[1:])]
 
-# %% ../../nbs/33_data.packing.ipynb #3a3518dd
+# %% ../../nbs/33_data.packing.ipynb #bf5c6b40
 @dataclass
 class Fill:
     "How full packed rows are."
     tokens:int     # In all samples
     rows:int       # Rows that they are packed into
     max_length:int # Room in each
+    least:int      # Tokens in the emptiest row
+
+    def _share(self, places): return self.tokens/places if places else 1.
     @property
-    def fewest(self)->int: return -(-self.tokens//self.max_length)
+    def fewest(self)->int: # With fewer rows something would be lost
+        return -(-self.tokens//self.max_length)
     @property
-    def share(self)->float: return self.tokens/(self.rows*self.max_length) if self.rows else 1.
+    def share(self)->float: # Of all places
+        return self._share(self.rows*self.max_length)
     @property
-    def best(self)->float: return Fill(self.tokens, self.fewest, self.max_length).share
+    def best(self)->float: # The share, were there as few rows as possible
+        return self._share(self.fewest*self.max_length)
+    @property
+    def trimmed(self)->float: # The share, the emptiest row being as long as what it holds
+        return self._share((self.rows - 1)*self.max_length + self.least)
     def __str__(self):
-        return f"{self.rows:,} rows, {self.share:.2%} full (best: {self.fewest:,}, {self.best:.2%})"
+        return (f"{self.rows:,} rows of {self.max_length:,}, {self.share:.2%} full; {self.fewest:,}"
+                f" and {self.best:.2%} at best; {self.trimmed:.2%} with the emptiest cut to size")
 
 def fill(lengths, max_length:int)->Fill:
     "How full rows of whole samples get."
-    return Fill(int(np.sum(lengths)), len(pack_arrays(lengths, max_length)[1]) - 1, max_length)
+    samples,starts = pack_arrays(lengths, max_length)
+    total = np.concatenate([[0], np.cumsum(np.asarray(lengths, np.int64)[samples])])
+    used = np.diff(total[starts])
+    return Fill(int(used.sum()), len(used), max_length, int(used.min(initial=max_length)))
 
-# %% ../../nbs/33_data.packing.ipynb #b82edf4c
+# %% ../../nbs/33_data.packing.ipynb #acc8535c
 @dataclass(eq=False)
 class Row:
     "Whole samples side by side."
@@ -125,7 +138,7 @@ def make_row(samples:list # `Encoded`
     weights = None if set(weights) == {1.} else np.repeat(np.float32(weights), lengths)
     return Row(ids, labels, positions, starts, roles, weights)
 
-# %% ../../nbs/33_data.packing.ipynb #af00482e
+# %% ../../nbs/33_data.packing.ipynb #dacf9d39
 def make_rows(encoded,        # Sequence of `Encoded` samples
               max_length:int, # Room in a row
               packing=True,   # Otherwise one sample a row
@@ -137,7 +150,7 @@ def make_rows(encoded,        # Sequence of `Encoded` samples
     plan = pack(lengths, max_length, seed) if packing else ([i] for i in range(len(encoded)))
     return [make_row([encoded[i] for i in samples]) for samples in plan]
 
-# %% ../../nbs/33_data.packing.ipynb #9360848f
+# %% ../../nbs/33_data.packing.ipynb #09b71c69
 def block_causal(samples:Tensor # For each token the number of its sample, [batch, seq]
                 )->Tensor:      # True where one may look at another, [batch, 1, seq, seq]
     "Which tokens may attend to which."
@@ -145,7 +158,7 @@ def block_causal(samples:Tensor # For each token the number of its sample, [batc
     same = samples[:, None, :, None] == samples[:, None, None, :]
     return same & torch.ones(n, n, dtype=torch.bool, device=samples.device).tril()
 
-# %% ../../nbs/33_data.packing.ipynb #7482da2c
+# %% ../../nbs/33_data.packing.ipynb #ce165414
 def _arrays(rows:list, pad_id:int, n:int, room:int)->tuple:
     "ids, labels, positions, samples, weights, [n, room], and the borders of all samples."
     fills = pad_id,IGNORE,0,-1,np.float32(1)
@@ -161,7 +174,7 @@ def _arrays(rows:list, pad_id:int, n:int, room:int)->tuple:
     positions[len(rows):] = np.arange(room)
     return ids,labels,positions,samples,weights,np.unique(np.concatenate(borders))
 
-# %% ../../nbs/33_data.packing.ipynb #18d851f5
+# %% ../../nbs/33_data.packing.ipynb #e4f5ebfa
 def collate(rows:list,           # `Row`s
             pad_id:int,          # Any id; it is masked by position
             mask=torch.float32,  # Type of the mask, see the table; None leaves it out
