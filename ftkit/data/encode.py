@@ -94,6 +94,9 @@ class _Job:
         if getattr(conversation, "images", ()):
             raise FtkitError("this conversation has images, which a model of text would not see",
                              fix="Leave such rows out, or tune a vision model")
+        weight = getattr(conversation, "weight", 1.)
+        if not (isinstance(weight, (int, float)) and 0 <= weight < float("inf")):
+            raise FtkitError(f"the weight should be a number of at least 0, not {weight!r}")
         r = self.template.render(conversation)
         if self.learn == "last" and (replies := r.replies or r.spans):
             begin = replies[-1][0]
@@ -116,8 +119,9 @@ def parts(self:_Job, r:Rendered, ids:list, runs:list, report:EncodeReport)->list
     return [(_fit(ids, runs, self.max_length, self.tokenizer), 0)]
 
 # %% ../../nbs/32_data.encode.ipynb #81cecdd4
-def _why_masked(r:Rendered, runs:list, max_length)->FtkitError:
-    if not r.replies: problem,fix = "there is no reply to learn from",None
+def _why_masked(r:Rendered, runs:list, max_length, weight)->FtkitError:
+    if not weight: problem,fix = "its weight is 0",None
+    elif not r.replies: problem,fix = "there is no reply to learn from",None
     elif not r.spans: problem,fix = "every reply has loss=False",None
     elif max_length and runs[0][1] > max_length:
         problem = (f"the text before the first reply takes {runs[0][0]} of max_length={max_length} "
@@ -138,7 +142,8 @@ def _placed(e:FtkitError, place)->FtkitError:
 def settle(self:_Job, out:EncodedBatch, pieces, rendered:list, places:list, report:EncodeReport):
     "What is trained on, in place of what was encoded."
     lengths,learned = np.diff(out.offsets),out.learned
-    if learned.all() and (self.max_length is None or (lengths <= self.max_length).all()): return out
+    fits = self.max_length is None or (lengths <= self.max_length).all()
+    if fits and learned.all() and out.weights.all(): return out
     labels,chosen,source = out.labels(),[],[]
     for i,(r,place) in enumerate(zip(rendered, places)):
         a,b = out.offsets[i:i + 2].tolist()
@@ -147,9 +152,9 @@ def settle(self:_Job, out:EncodedBatch, pieces, rendered:list, places:list, repo
         parts = self.parts(r, out.ids[a:b].tolist() if long else range(b - a), runs, report)
         if long and not parts: continue
         found = [_part(labels, a, *part) for part in parts]
-        teaching = [part for part in found if (part[1][1:] != IGNORE).any()]
+        teaching = [p for p in found if out.weights[i] and (p[1][1:] != IGNORE).any()]
         if not teaching:
-            why = _why_masked(r, runs, self.max_length)
+            why = _why_masked(r, runs, self.max_length, out.weights[i])
             if self.on_masked == "error": raise _placed(why, place)
             report.dropped += 1
             report.split -= len(parts) > 1
