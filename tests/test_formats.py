@@ -5,10 +5,12 @@ from dataclasses import replace
 from pathlib import Path
 import pytest
 from datasets import Dataset
+from hypothesis import given, settings, strategies as st
 from ftkit.core import FtkitError
 from ftkit.data.formats import (as_layout, converter, find_layout, gathered, layouts, read_rows,
                                 to_messages)
 from ftkit.data.files import Rows
+from ftkit.data.families import template
 from ftkit.data.layouts import SYSTEM_TEXTS
 from ftkit.data.messages import Conversation, Message, ToolCall
 from ftkit.data.pairs import (FEEDBACKS, PREFERENCES, Feedback, Preference, to_feedback, to_pairs,
@@ -165,6 +167,7 @@ GRID = [
     ("messages", True, dict(messages=json.dumps([msg("user", "q"), msg("assistant", "y")])), QA),
     ("messages", True, dict(messages=[msg("user", [dict(type="text", text="q")]),
                                       msg("assistant", "y")], system="s"), [s("s"), *QA]),
+    ("messages", True, dict(messages=dict(role=["user", "assistant"], content=["q", "y"])), QA),
     ("openai", False, dict(messages=ROLES), [s("be"), u("q"), a("y", False), u("r"), a("z")]),
     ("sharegpt", True, dict(id="1", conversations=HUMAN),
      [a("lead"), *KEPT, u("left")]),
@@ -186,7 +189,7 @@ GRID = [
       a('Thought:I look.\nAction:text_ie\nAction Input:{"text": "Oslo", "deep": true}'),
       s('Response:{"places": ["Oslo"]}'), a("Final Answer:One: Oslo."),
       DONE[0], a("Final Answer:You are welcome.")]),
-    ("moss", True, PLAIN, [s("You are MOSS.\n- Inner thoughts: disabled."), u("你好"), a("Hi")]),
+    ("moss", True, PLAIN, [s("You are MOSS.\n- Inner thoughts: disabled."), u("你好"), a("Hi\n")]),
     ("moss", True, PLUGINS, SEARCHED),
     ("moss_002", True, dict(id=0, prefix="You are MOSS.\n", num_turns=2,
                             plain_text="[Human]: q<eoh> [MOSS]: y<eoa> [Human]: r<eoh> [MOSS]: z"
@@ -290,6 +293,45 @@ def test_plain_talk_in_all_layouts():
             "meddialog": dict(utterances=["patient: q", "doctor: y", "patient: r", "doctor: z"])}
     for name, row in rows.items():
         assert list(to_messages([row], name)[0]) == [u("q"), a("y"), u("r"), a("z")], name
+
+
+@pytest.mark.parametrize("row", [PLAIN, PLUGINS])
+def test_moss_is_written_again_to_the_letter(row):
+    text = row["meta_instruction"] + "".join("".join(t.values()) for t in row["chat"].values())
+    rendered = template("moss_sft").render(to_messages([row])[0])
+    assert rendered.text == text
+    learned = "".join(rendered.text[i:j] for i, j in rendered.spans)
+    assert "wren'" not in learned and "Bird?" not in learned and "You are MOSS" not in learned
+
+
+@pytest.mark.parametrize("name", ["qwen_chat", "internlm2_chat"])
+def test_calls_of_agents_are_learned_and_results_are_not(name):
+    for layout in "msagent", "msagent_react":
+        talk = to_messages([dict(conversations=AGENT)], layout)[0]
+        rendered = template(name).render(talk)
+        learned = [rendered.text[i:j] for i, j in rendered.spans]
+        assert len(learned) == 3 and "text_ie" in learned[0] and '"deep": true' in learned[0]
+        assert '{"places": ["Oslo"]}' in rendered.text and "places" not in "".join(learned)
+
+
+words = st.text(st.characters(exclude_categories=["Cs"]), min_size=1).filter(
+    lambda t: t.strip() and t.strip() != "<nooutput>")
+
+
+@settings(max_examples=200, deadline=None)
+@given(q=words, y=words, system=words)
+def test_texts_are_kept_to_the_letter(q, y, system):
+    flat, share = [msg("user", q), msg("assistant", y)], [said(human=q), said(gpt=y)]
+    rows = dict(alpaca=dict(instruction=q, output=y, system=system),
+                query_response=dict(query=q, response=y, system=system),
+                messages=dict(messages=flat, system=system),
+                sharegpt=dict(conversations=share, system=system),
+                conversation=dict(conversation=[dict(system=system, input=q, output=y)]),
+                prompt_completion=dict(prompt=flat[:1], completion=flat[1:], system=system),
+                openorca=dict(system_prompt=system, question=q, response=y))
+    for name, row in rows.items():
+        assert to_messages([row], name) == [[s(system), u(q), a(y)]]
+    assert to_messages([dict(text=q)], "text") == [[Message("text", q)]]
 
 
 # --- what columns don't decide --------------------------------------------------------------------

@@ -177,8 +177,9 @@ def _section(turn, name, n):
     if not text.startswith(before) or not text.endswith(after):
         raise FtkitError(f"{name!r} of turn {n} should stand between {before!r} and {after!r}; "
                          f"found {text[:40]!r}")
-    text = text[len(before):len(text) - len(after)].strip()
-    return "" if text.rstrip(".") == "None" and name not in ("Human", "MOSS") else text
+    text = text[len(before):len(text) - len(after)].removeprefix(" ")
+    if name in ("Human", "MOSS"): return text
+    return "" if text.strip() == "None" else text.strip() if name == "Tool Responses" else text
 
 # %% ../../nbs/38_data.agents.ipynb #af9555e0
 _PARAMETERS = dict(Search="query", Calculate="expression", Solve="equation",

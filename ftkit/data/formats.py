@@ -226,7 +226,7 @@ def _images(row, found, root):
     told = files or "images" in row or "image" in row
     if told and marks != len(files):
         raise FtkitError(f"the text has {marks} marks <image>, and there are {len(files)} files")
-    return [str(media_path(root or ".", f)) for f in files]
+    return [str(media_path(root, f)) for f in files]
 
 def _image_file(file, column):
     if isinstance(file, dict) and file.get("bytes") is None: file = file.get("path")
@@ -338,7 +338,7 @@ def _untagged(row, columns, tags):
 # %% ../../nbs/30_data.formats.ipynb #43c88ac4
 def converter(layout,         # What `as_layout` takes
               system:str=None,# System message for rows that bring none; "" for none at all
-              root=None       # Folder of files that rows name; the current one if None
+              root=None       # Folder of the files that rows name, such as pictures
              )->callable:     # Row to `Conversation`, or to None for a row to skip
     "The function that turns rows of this layout into conversations."
     l = as_layout(layout)
@@ -369,7 +369,7 @@ def to_messages(rows,           # Dictionaries
                 layout="auto",  # What `as_layout` takes; auto finds out
                 system:str=None,# System message for rows that bring none; "" for none at all
                 where:str=None, # What to call the rows in errors, if they don't know it themselves
-                root=None       # Folder of files that rows name; the current one if None
+                root=None       # Folder of the files that rows name, such as pictures
                )->Rows:         # Conversations; `.skipped` counts rows without an answer
     "The conversations in the rows."
     rows = placed(rows, where)

@@ -130,7 +130,7 @@ def from_patient(row:dict)->list:
 def turns_in(row:dict, *names)->list:
     "The turns in the first of these columns that holds any."
     name = next((n for n in names if has_columns(row, n)), names[0])
-    turns = _listed(row.get(name))
+    turns = _turn_list(row.get(name))
     if not isinstance(turns, (list, tuple)) or not all(isinstance(t, dict) for t in turns):
         kind = "nothing" if turns is None else type(turns).__name__
         if isinstance(turns, (list, tuple)):
@@ -141,10 +141,17 @@ def turns_in(row:dict, *names)->list:
     if not turns: raise FtkitError(f"the conversation in {name!r} is empty", fix="Remove the row")
     return turns
 
+def _turn_list(value):
+    "The list of turns; some tables of `datasets` hold one list for each key of all turns."
+    if isinstance(value, dict) and value and all(isinstance(v, list) for v in value.values()):
+        if len({len(v) for v in value.values()}) == 1:
+            return [dict(zip(value, turn)) for turn in zip(*value.values())]
+    return _listed(value)
+
 def has_turns(row:dict, names, keys)->bool:
     "Whether one of the columns `names` holds turns with these keys."
     for n in names:
-        turns = _listed(row.get(n))
+        turns = _turn_list(row.get(n))
         if isinstance(turns, (list, tuple)) and turns and isinstance(turns[0], dict):
             if has_columns(turns[0], *keys): return True
     return False

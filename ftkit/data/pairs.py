@@ -234,7 +234,7 @@ def to_pairs(rows,           # Dictionaries
              layout="auto",  # Name in `PREFERENCES`, or a function; auto finds out
              system:str=None,# System message for prompts that have none
              where:str=None, # What to call the rows in errors, if they don't know it themselves
-             root=None       # Folder of files that rows name; the current one if None
+             root=None       # Folder of the files that rows name, such as pictures
             )->Rows:         # `Preference`s
     "The preferences in the rows."
     return _all(rows, PREFERENCES, layout, system, where, root)
@@ -243,7 +243,7 @@ def to_feedback(rows,           # Dictionaries
                 layout="auto",  # Name in `FEEDBACKS`, or a function; auto finds out
                 system:str=None,# System message for prompts that have none
                 where:str=None, # What to call the rows in errors, if they don't know it themselves
-                root=None       # Folder of files that rows name; the current one if None
+                root=None       # Folder of the files that rows name, such as pictures
                )->Rows:         # `Feedback`s
     "The judged answers in the rows."
     return _all(rows, FEEDBACKS, layout, system, where, root)
@@ -252,7 +252,7 @@ def to_feedback(rows,           # Dictionaries
 def to_prompts(rows,           # Dictionaries with a `prompt`, a text or a list of messages
                system:str=None,# System message for prompts that have none
                where:str=None, # What to call the rows in errors, if they don't know it themselves
-               root=None       # Folder of files that rows name; the current one if None
+               root=None       # Folder of the files that rows name, such as pictures
               )->Rows:         # `Conversation`s that end where the assistant is to answer
     "The prompts in the rows."
     def read(row): return Feedback(_prompt(messages_in(row, "prompt", "user")), [], True)
