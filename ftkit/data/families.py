@@ -49,6 +49,8 @@ _TOKEN_FORMS = (
                trim=(*_TRIM, "system", "tool", "ipython")),
     ChatFormat("llama3_1_chat", **{**_LLAMA3, "system": _DATED}, opening="".join(_DATED),
                trim=(*_TRIM, "system")),
+    ChatFormat("internlm_chat", user=("<|User|>:", "\n"), system=("<|System|>:", "\n"),
+               reply="<|Bot|>:", end="<eoa>", after="\n", bos="<s>"),
     ChatFormat("gemma", **_turns(_gemma, False, assistant="model"), end="<end_of_turn>", after="\n",
                trim=_TRIM, bos="<bos>", stop=("<eos>",)),
     ChatFormat("phi3_chat", **_turns(_phi3), end="<|end|>", after="\n", closing="<|endoftext|>",
@@ -94,8 +96,6 @@ def _baichuan(n, **kwargs): # The ids of the two tokens are 195 and 196 in both 
 def _chatglm3(role): return f"<|{role}|>\n ", ""
 
 _OPEN_FORMS = (
-    ChatFormat("internlm_chat", user=("<|User|>:", "\n"), system=("<|System|>:", "\n"),
-               reply="<|Bot|>:", end="<eoa>", after="\n", bos="<s>"),
     ChatFormat("chatglm2", user=("[Round {n}]\n\n问：", "\n\n"), reply="答：", between="\n\n"),
     ChatFormat("chatglm3", user=_chatglm3("user"), system=_chatglm3("system"),
                reply="<|assistant|>", lead="\n ", between="", role_ends=True,

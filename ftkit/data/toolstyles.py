@@ -192,6 +192,10 @@ class MossTemplate(ChatTemplate):
             if _stage(m) and not on:
                 raise FtkitError(f"message {i+1} gives commands, and no system message says "
                                  "'Inner thoughts: enabled'", where=where, fix="Say it there")
+            if _stage(m) and messages[i-1].role != "user":
+                raise FtkitError(f"message {i+1} gives commands, and they follow a question only, "
+                                 f"not the role {messages[i-1].role}", where=where,
+                                 fix="Put all commands into one message")
             if on and m.role == "assistant" and not _stage(m) and messages[i-1].role not in ANSWERS:
                 if not _stage(messages[i-1]):
                     out.append(Message("assistant", "", m.loss, name="plugin"))
@@ -251,7 +255,7 @@ _MOSS = """{% if tools %}TOOLS{% endif %}BEGIN\
 {% set stage = m.role == 'assistant' and (m.tool_calls or m.name == 'plugin') %}\
 {% if m.role == 'system' and loop.first %}{{ m.content ~ '\\n' }}\
 {% elif m.role == 'user' %}{{ '<|Human|>: ' ~ m.content ~ '<eoh>\\n' }}\
-{% elif stage and not on %}COMMANDS\
+{% elif stage and not on %}COMMANDS{% elif stage and before.role != 'user' %}FOLLOWS\
 {% elif stage %}{{ THOUGHTS ~ ' ' ~ (m.content or 'None') ~ '<eot>\\n<|Commands|>: ' }}\
 {% for c in m.tool_calls or [] %}{% set c = c.function or c %}{% if not loop.first %}, {% endif %}\
 {% if c.name %}{{ c.name ~ '(' }}{% endif %}{% for v in c.arguments.values() %}\
@@ -274,7 +278,8 @@ def jinja(self:MossTemplate)->str:
     "A chat template that renders the same text."
     texts = dict(THOUGHTS=_THOUGHTS, RESULTS=_RESULTS, MOSS=_ANSWER, NONE=_NONE, REPLY=MOSS.reply)
     refusals = dict(TOOLS="reads about tools in the system message", WRONG="has no such role here",
-                    COMMANDS="has commands only where inner thoughts are enabled")
+                    COMMANDS="has commands only where inner thoughts are enabled",
+                    FOLLOWS="has commands only after a question")
     known = {**{k: _expression(t) for k,t in texts.items()}, "ANSWERS": repr(list(ANSWERS)),
              **{k: _refusal(t) for k,t in refusals.items()}, "BEGIN": _joined(self.begin)}
     return re.sub(r"\b(" + "|".join(known) + r")\b(?!\|)", lambda m: known[m[0]], _MOSS)
