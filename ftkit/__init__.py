@@ -22,6 +22,7 @@ _ROOMS = {  # module → the names of its that stand on the public face
     "data.packing": "pack fill make_rows collate",
     "data.preview": "preview",
     "data.store": "TokenStore open_store cache_folder clear_cache",
+    "data.mixture": "Mixture LazyRows",
     "data.dataset": "DataConfig TuningData load_data",
     "data.check": "DataReport check_data",
     "data.pairs": "Preference Feedback to_pairs to_feedback to_prompts",

@@ -291,19 +291,14 @@ def _callbacks(r, data, work_dir):
     "Progress and trackers, sample chats, the metric, and the recipe itself in the run's folder."
     from ftkit.core import is_main, write_file
     from ftkit.training.callbacks import default_callbacks
-    out,system = default_callbacks(r.train),_common_system(data.samples)
+    out = default_callbacks(r.train)
     how = dict(tokenizer=data.tokenizer, template=data.template, max_new_tokens=r.answer_tokens)
-    if r.prompts: out.append(ft.SampleChats(list(r.prompts), system=system, **how))
+    if r.prompts: out.append(ft.SampleChats(list(r.prompts), system=data.system, **how))
     if r.metric: out.append(ft.AnswerMetric(data.eval.samples, ft.metric(r.metric), **how))
     keep = ft.Callback()
     file = Path(work_dir)/"recipe.py"
     keep.before_fit = lambda trainer: is_main() and write_file(file, render(r))
     return [*out, keep]
-
-def _common_system(samples):
-    "The system message that all samples share, or None."
-    found = {s[0].content if s[0].role == "system" else None for s in samples}
-    return found.pop() if len(found) == 1 else None
 
 def _introduce(r, data, model, work_dir):
     "Say what is about to happen, and show what is learned of the first row."
@@ -335,11 +330,10 @@ def train(what,            # Name, file or `Recipe`
     if r.lora: ft.add_lora(model, r.lora)
     _introduce(r, data, model, work_dir)
     trainer = ft.Trainer(model, getattr(ft, OBJECTIVES[r.objective])(), data.rows, r.train, r.optim,
-        collate=partial(ft.collate, pad_id=tokenizer.pad_token_id or 0, mask=None),
-        eval_rows=data.eval and data.eval.rows,
+        collate=_collate(r, tokenizer, model.device), eval_rows=data.eval and data.eval.rows,
+        lengths=data.rows.lengths if r.data.group_by_length else None,
         callbacks=_callbacks(r, data, work_dir), work_dir=work_dir,
-        save=partial(ft.save_model, model, tokenizer, data.template,
-                     system=_common_system(data.samples)))
+        save=partial(ft.save_model, model, tokenizer, data.template, system=data.system))
     file = Path(work_dir)/"recipe.py"
     trainer.how_to_resume = f"Resume with: ftkit train {file} --work-dir {work_dir} --resume"
     run = trainer.fit(resume)
@@ -347,6 +341,12 @@ def train(what,            # Name, file or `Recipe`
     return run
 
 # %% ../nbs/81_recipes.ipynb #82d785cc
+def _collate(r, tokenizer, device):
+    "The function that makes a batch of rows; of packed rows on a GPU always one of the same shape."
+    same = r.data.packing and device.type == "cuda" # no new shapes, so no new memory or kernels
+    return partial(ft.collate, pad_id=tokenizer.pad_token_id or 0, mask=None,
+                   pad_to=(r.train.batch_size, r.data.max_length) if same else None)
+
 def _agree(choose):
     "What `choose()` returns in the main process, in all processes."
     if os.environ.get("WORLD_SIZE", "1") == "1": return choose()
@@ -362,6 +362,7 @@ def test(what,         # Name, file or `Recipe` that the model was trained with
          **options     # Options to change, as for `Recipe.set`
         ): # `Scores`
     "Score a model on the recipe's held-out samples, beside its base and simple opponents."
+    from ftkit.evaluate import OPPONENTS
     r = _checked(load_recipe(what).set(**options))
     if not r.metric:
         raise ft.FtkitError("this recipe names no metric", where=r.name,
@@ -375,7 +376,8 @@ def test(what,         # Name, file or `Recipe` that the model was trained with
     if ft.lora_layers(model):
         with ft.lora_disabled(model): said["untuned"] = ask(model)
     else: said["untuned"] = ask(_base_model(r))
-    scores = ft.compare(data.eval.samples, said, r.metric, data.samples)
+    train = data.samples if r.metric in OPPONENTS else None # they are read again for this
+    scores = ft.compare(data.eval.samples, said, r.metric, train)
     if picture: scores.picture(picture)
     return scores
 

@@ -2,10 +2,14 @@
 import contextlib
 import io
 import json
+import os
 import re
+import signal
+import sys
 import time
 from html import escape
 from pathlib import Path
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
@@ -14,11 +18,12 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast
 from ftkit.core import FtkitError
 from ftkit.data.dataset import DataConfig, load_data
-from ftkit.data.encode import IGNORE, Encoded, encode, encode_all, encode_prompt
+from ftkit.data.encode import (IGNORE, ROLE_NAMES, Encoded, EncodeReport, encode, encode_all,
+                               encode_batches, encode_prompt, encode_stream)
 from ftkit.data.formats import find_layout, read_rows
-from ftkit.data.packing import collate, make_rows, pack
+from ftkit.data.packing import collate, fill, make_rows, pack, pack_arrays
 from ftkit.data.preview import preview, token_texts
-from ftkit.data.messages import Message
+from ftkit.data.messages import Conversation, Message, as_messages
 from ftkit.data.families import template
 from ftkit.nano.base import nano_path
 from test_templates import SPECIAL, byte_level, content, conversations, turns
@@ -179,7 +184,7 @@ def test_pad_is_end_and_first_id_is_real():
     batch = collate(rows, tok.pad_token_id)
     for k, row in enumerate(rows):
         labels = batch["labels"][k]
-        assert (labels == 0).sum() == 1 and labels[:len(row)].tolist() == row.labels
+        assert (labels == 0).sum() == 1 and labels[:len(row)].tolist() == row.labels.tolist()
         assert (labels[len(row):] == IGNORE).all()
 
 
@@ -220,40 +225,266 @@ def test_speed():
     encode_all(samples, template("tokenizer", NANO), NANO, 128)
     assert len(samples)/(time.process_time() - start) > 2500
     start = time.process_time()
-    rows = pack([1 + i*7919 % 511 for i in range(300_000)], 512)
-    assert time.process_time() - start < 5 and sum(map(len, rows)) == 300_000
+    lengths = 1 + np.arange(2_000_000)*7919 % 2047
+    samples, starts = pack_arrays(lengths, 2048, seed=0)
+    assert time.process_time() - start < 4 and len(np.unique(samples)) == 2_000_000
+    assert lengths.sum()/(2048*(len(starts) - 1)) > .999
+
+
+# --- too long, and what is learned ----------------------------------------------------------------
+
+def outcome(tok, t, messages, **options):
+    "Samples and report, or None where nothing is to be learned."
+    try: return encode_all([messages], t, tok, progress=False, on_masked="drop", **options)
+    except FtkitError as e:
+        assert "nothing would be learned" in str(e)
+
+
+@settings(max_examples=40, deadline=None)
+@given(messages=conversations(), max_length=st.integers(4, 60), context=st.integers(0, 3))
+def test_splitting_learns_every_token_once(messages, max_length, context):
+    for tok, t in FORMS[:4]:
+        if not (whole := outcome(tok, t, messages)): continue
+        (e,), _ = whole
+        parts, report = outcome(tok, t, messages, max_length=max_length, long="split", context=context) or ([], None)
+        learned = [l for p in parts for l in p.labels if l != IGNORE]
+        if parts:
+            assert learned == [l for l in e.labels if l != IGNORE]
+            assert all(len(p) <= max_length and p.learned for p in parts)
+            assert report.tokens == len(e) + report.repeated - report.unlearned
+            assert report.split == (len(e) > max_length) and not report.truncated
+        for a, b in zip(parts, parts[1:]):
+            assert all(l == IGNORE for l in b.labels[:context])
+
+
+@settings(max_examples=40, deadline=None)
+@given(text=content.filter(bool), max_length=st.integers(5, 40), context=st.integers(0, 4))
+def test_documents_go_on_with_context(text, max_length, context):
+    t = template("text", BYTES)
+    parts, report = encode_all([[Message("text", text)]], t, BYTES, max_length, progress=False,
+                               context=context)
+    whole = encode([Message("text", text)], t, BYTES).ids
+    assert parts[0].ids + sum((p.ids[context:] for p in parts[1:]), []) == whole
+    for a, b in zip(parts, parts[1:]): assert a.ids[len(a) - context:] == b.ids[:context]
+    learned = sum(p.learned for p in parts)
+    assert report.learned == learned == len(whole) - 1 - (not context)*(len(parts) - 1)
+
+
+def test_policies_are_counted():
+    long, short = turns("a", "sky "*60), turns("a", "b")
+    kept, dropped = (encode_all([long, short, short], template("default"), NANO, 48, long=how,
+                                progress=False)[1] for how in ("truncate", "drop"))
+    assert (kept.rows, kept.truncated, kept.overlong, kept.source) == (3, 1, 0, [0, 1, 2])
+    assert (dropped.rows, dropped.truncated, dropped.overlong, dropped.source) == (3, 0, 1, [1, 2])
+    whole = encode(long, template("default"), NANO)
+    assert kept.cut_tokens == len(whole) - 48 and dropped.dropped == 0
+
+
+@settings(max_examples=40, deadline=None)
+@given(messages=conversations())
+def test_last_reply_only(messages):
+    for tok, t in FORMS[:4]:
+        replies = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
+        if not replies: continue
+        marked = [{**m, "loss": m["loss"] if i == replies[-1] else False} for i, m in enumerate(messages)]
+        a, b = outcome(tok, t, messages, learn="last"), outcome(tok, t, marked)
+        assert a == b
+        if a and messages[replies[-1]]["loss"] is not False:
+            assert a[0][0].ids == encode([{**m, "loss": None} for m in messages], t, tok).ids
+
+
+@settings(max_examples=40, deadline=None)
+@given(messages=conversations())
+def test_roles_are_those_of_the_turns(messages):
+    "Of each role: no token of it is before its first turn's text, and all of its content is in them."
+    for tok, t in FORMS[:8]:
+        if not (found := outcome(tok, t, messages)): continue
+        (e,), _ = found
+        assert len(e.roles) == len(e.ids)
+        texts = {}
+        for i, role in zip(e.ids, e.roles): texts.setdefault(ROLE_NAMES[role], []).append(i)
+        if tok in SPACED.values(): continue
+        for role in {m["role"] for m in messages}:
+            text = tok.decode(texts.get(role, []), clean_up_tokenization_spaces=False)
+            for m in messages:
+                if m["role"] == role: assert m["content"].strip() in text
+        learned = {ROLE_NAMES[r] for r, l in zip(e.roles, e.labels) if l != IGNORE}
+        assert learned == {"assistant"}
+
+
+def test_another_label_at_a_token():
+    "As in Baichuan 2: the turn that follows a reply is where its end is learned."
+    t = template("qwen_chat", NANO)
+    render, talk = t.render, turns("a", "b", "c", "sky "*30)
+    def other(messages, **kwargs):
+        r = render(messages, **kwargs)
+        after = r.text.index("<|im_start|>", r.spans[0][1])
+        r.overrides = [(after, after + len("<|im_start|>"), "</s>")]
+        return r
+    t.render = other
+    plain, e = encode(talk, template("qwen_chat"), NANO), encode(talk, t, NANO)
+    places = [i for i, (a, b) in enumerate(zip(plain.labels, e.labels)) if a != b]
+    assert e.ids == plain.ids and len(places) == 1
+    assert e.labels[places[0]] == NANO.convert_tokens_to_ids("</s>") != e.ids[places[0]]
+    for n in range(places[0] + 1, len(e)):        # it stays where the row is cut behind it
+        cut = encode(talk, t, NANO, n)
+        assert cut.labels[places[0]] == e.labels[places[0]] and len(cut) <= n
+    cut = encode(turns("a", "sky "*30, "c", "d"), t, NANO, 40)  # or right at it
+    assert cut.labels[-1] == NANO.convert_tokens_to_ids("</s>") != cut.ids[-1]
+    first, = encode_batches([(talk, None)], t, NANO, 30, long="split", workers=0)
+    assert [label for _, label in first.overrides] == [e.labels[places[0]]]
+
+
+def test_images_and_weights():
+    for wrong, match in ((Conversation(turns("a", "b"), images=["x.png"]), "images"),
+                         (Conversation(turns("a", "b"), weight=-1), "weight should be")):
+        with pytest.raises(FtkitError, match=f"row 2: .*{match}"):
+            encode_all([turns("a", "b"), wrong], template("default"), NANO)
+    e, = encode_all([as_messages(Conversation(turns("a", "b"), weight=.5))], template("default"), NANO)[0]
+    assert e.weight == .5
+
+
+# --- many rows ------------------------------------------------------------------------------------
+
+def many(n): return [(turns(f"q {i}", "a "*(i % 7)), ("rows.jsonl, line", i + 1)) for i in range(n)]
+
+
+def test_stream_is_lazy_and_in_order():
+    asked = []
+    def source():
+        for i, pair in enumerate(many(5000)): asked.append(i); yield pair
+    stream = encode_stream(source(), template("default"), NANO)
+    e, n = next(stream)
+    assert n == 0 and len(asked) <= 600 and e == encode(turns("q 0", ""), template("default"), NANO)
+    assert [n for _, n in stream] == list(range(1, 5000))
+
+
+def test_workers_do_the_same():
+    options = dict(max_length=24, on_masked="drop", long="split", context=1)
+    reports = [EncodeReport(), EncodeReport()]
+    serial, parallel = (list(encode_stream(iter(many(2500)), template("default"), NANO, workers=w,
+                                           report=r, **options)) for w, r in zip((0, 2), reports))
+    assert serial == parallel and reports[0] == reports[1] and reports[0].rows == 2500
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_errors_keep_their_row(workers):
+    rows = many(1500)
+    rows[1030] = turns("no reply")[:1], rows[1030][1]
+    def source():
+        yield from rows[:1200]
+        raise FtkitError("broken", where="rows.jsonl, line 1201")
+    stream, got = encode_stream(source(), template("default"), NANO, workers=workers), []
+    with pytest.raises(FtkitError, match="^rows.jsonl, line 1031: nothing would be learned"):
+        for e, n in stream: got.append(n)
+    assert got == list(range(1024))
+    rows[1030], got = rows[0], []
+    with pytest.raises(FtkitError, match="^rows.jsonl, line 1201: broken"):
+        for e, n in encode_stream(source(), template("default"), NANO, workers=workers): got.append(n)
+    assert got == list(range(1200))
+
+
+def children():
+    "Processes that this one started and that still run."
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            pid, state, parent = stat.read_text().rsplit(")", 1)[0], *stat.read_text().rsplit(")", 1)[1].split()[:2]
+            if int(parent) == os.getpid() and state != "Z": found.append(int(stat.parent.name))
+    return found
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="reads /proc")
+def test_killed_worker_is_an_error_and_nobody_is_left():
+    before = set(children())
+    stream = encode_stream(iter(many(20_000)), template("default"), NANO, workers=2)
+    next(stream)
+    for pid in set(children()) - before: os.kill(pid, signal.SIGKILL)
+    start = time.monotonic()
+    with pytest.raises(FtkitError, match="a worker process died .exit code -9"): list(stream)
+    assert time.monotonic() - start < 20 and set(children()) == before
+    stream = encode_stream(iter(many(20_000)), template("default"), NANO, workers=2)
+    next(stream)
+    stream.close()
+    assert set(children()) == before
 
 
 # --- packing --------------------------------------------------------------------------------------
 
 @settings(max_examples=80, deadline=None)
-@given(lengths=st.lists(st.integers(1, 32), max_size=60), extra=st.integers(0, 8))
-def test_pack_keeps_samples_whole(lengths, extra):
+@given(lengths=st.lists(st.integers(1, 32), max_size=60), extra=st.integers(0, 8),
+       seed=st.none() | st.integers(0, 99))
+def test_pack_keeps_samples_whole(lengths, extra, seed):
     room = max(lengths, default=1) + extra
-    rows = pack(lengths, room)
+    rows = pack(lengths, room, seed)
     assert sorted(i for r in rows for i in r) == list(range(len(lengths))) and all(rows)
     used = [sum(lengths[i] for i in r) for r in rows]
-    assert all(u <= room for u in used) and rows == pack(lengths, room)
+    assert all(u <= room for u in used) and rows == pack(lengths, room, seed)
     assert sum(2*u <= room for u in used) <= 1          # two half-empty rows would have been one
+    f = fill(lengths, room)
+    assert f.rows == len(pack(lengths, room)) >= f.fewest and f.share <= f.best <= 1
+    assert len(rows) == f.rows and f.share <= f.trimmed <= 1
+
+
+def by_one(lengths, room):
+    "Best fit, one sample at a time."
+    rooms = []
+    for n in sorted(lengths, reverse=True):
+        fitting = [r for r in rooms if r >= n]
+        left = min(fitting, default=room)
+        if fitting: rooms.remove(left)
+        rooms.append(left - n)
+    return sorted(rooms)
+
+
+@settings(max_examples=120, deadline=None)
+@given(lengths=st.lists(st.integers(1, 24), max_size=80), extra=st.integers(0, 40))
+def test_pack_does_as_best_fit_does_one_by_one(lengths, extra):
+    room = max(lengths, default=1) + extra
+    left = [room - sum(lengths[i] for i in r) for r in pack(lengths, room)]
+    assert sorted(left) == by_one(lengths, room)
+
+
+def unpacked(rows):
+    "Samples of rows, by their ids."
+    for r in rows:
+        for a, b in zip(r.starts.tolist(), r.starts[1:].tolist()): yield r, slice(a, b)
 
 
 @settings(max_examples=40, deadline=None)
-@given(lengths=st.lists(st.integers(1, 9), min_size=1, max_size=20))
-def test_rows(lengths):
-    samples = [Encoded([100*k + i for i in range(n)], [100*k + i for i in range(n)])
-               for k, n in enumerate(lengths, 1)]
-    found = []
-    for row in make_rows(samples, 12):
-        assert len(row.ids) == len(row.labels) == len(row.positions) == row.starts[-1] <= 12
-        for a, b in zip(row.starts, row.starts[1:]):
-            assert row.positions[a:b] == list(range(b - a))
-            assert row.labels[a:b] == [IGNORE, *row.ids[a + 1:b]]
-            found.append(row.ids[a:b])
-    assert sorted(found) == [s.ids for s in samples]
-    batch = collate(make_rows(samples, 12), 7, torch.bool)
-    learned = (batch["labels"] != IGNORE).sum().item()
-    assert learned == sum(lengths) - len(lengths) == sum(s.learned for s in samples)
+@given(lengths=st.lists(st.integers(1, 9), min_size=1, max_size=20), seed=st.none() | st.just(3))
+def test_unpacking_gives_the_samples_again(lengths, seed):
+    samples = [Encoded([100*k + i for i in range(n)], [100*k + i if i % 3 else IGNORE for i in range(n)],
+                       [k % 9]*n, weight=float(k % 3)) for k, n in enumerate(lengths, 1)]
+    rows, found = make_rows(samples, 12, seed=seed), {}
+    for r, s in unpacked(rows):
+        weights = np.ones(len(r)) if r.weights is None else r.weights
+        ids, labels = r.ids[s].tolist(), r.labels[s].tolist()
+        assert r.positions[s].tolist() == list(range(len(ids))) and len(set(weights[s])) == 1
+        found[ids[0]] = Encoded(ids, labels, r.roles[s].tolist(), weights[s][0])
+    assert len(found) == len(samples)
+    for e in samples:
+        e.labels[0] = IGNORE        # there is nothing before it
+        assert found[e.ids[0]] == e
+    batch = collate(rows, 7, torch.bool)
+    assert (batch["labels"] != IGNORE).sum().item() == sum(s.learned for s in samples)
     assert batch["attention_mask"].diagonal(dim1=2, dim2=3).all()  # nobody sees nothing
+
+
+@settings(max_examples=40, deadline=None)
+@given(lengths=st.lists(st.integers(1, 9), min_size=1, max_size=12), shape=st.sampled_from([None, 12, (9, 16)]))
+def test_borders_are_those_of_the_positions(lengths, shape):
+    samples = [Encoded([k]*n, [k]*n) for k, n in enumerate(lengths)]
+    rows = make_rows(samples, 9)[:9]
+    batch = collate(rows, 0, None, pad_to=shape)
+    if shape: assert tuple(batch["input_ids"].shape) == (shape if isinstance(shape, tuple) else (len(rows), shape))
+    borders = batch["cu_seqlens"]
+    assert borders.dtype == torch.int32 and borders[0] == 0
+    assert borders[-1] == batch["input_ids"].numel() and (borders.diff() > 0).all()
+    assert batch["max_seqlen"] == borders.diff().max().item()
+    begins = (batch["position_ids"].flatten() == 0).nonzero()[:, 0]
+    assert begins.tolist() == borders[:-1].tolist()
+    assert "weights" not in batch and batch["input_ids"].dtype == torch.int64
 
 
 @pytest.mark.parametrize("attn,mask", [("sdpa", torch.float32), ("sdpa", torch.bool),
@@ -278,11 +509,11 @@ def test_samples_do_not_see_each_other(attn, mask):
     assert not base.isnan().any()
     for k, a, b in spans:
         changed = make_rows(samples, 16)
-        changed[k].ids[a:b] = [(i + 1) % 64 for i in changed[k].ids[a:b]]
+        changed[k].ids[a:b] = (changed[k].ids[a:b] + 1) % 64
         out = run(changed)
         for k2, a2, b2 in spans: assert torch.equal(out[k2, a2:b2],
                                                     base[k2, a2:b2]) == ((k, a) != (k2, a2))
-    by_ids = {tuple(r.ids[a:b]): base[k, a:b] for k, r in enumerate(rows) for a,
+    by_ids = {tuple(r.ids[a:b].tolist()): base[k, a:b] for k, r in enumerate(rows) for a,
               b in zip(r.starts, r.starts[1:])}
     for s in samples:
         alone = run(make_rows([s], 16))[0]
@@ -415,7 +646,7 @@ def test_c4_sample():
     with quiet(): data = load_data(DataConfig(shared("c4_demo.jsonl"), max_length=1024), NANO)
     assert data.template.name == "text" and data.report.truncated == 0 < data.report.split
     documents = {}
-    for i, e in zip(data.report.source, data.encoded): documents.setdefault(i, []).extend(e.ids)
+    for i, e in zip(data.encoded.source.tolist(), data.encoded): documents.setdefault(i, []).extend(e.ids)
     for i, row in enumerate(read_rows(shared("c4_demo.jsonl"))):
         assert NANO.decode(documents[i], clean_up_tokenization_spaces=False) == row["text"] + "</s>"
-    assert sum(e.ids.count(NANO.eos_token_id) for e in data.encoded) == data.report.rows
+    assert sum((e.ids == NANO.eos_token_id).sum() for e in data.encoded) == data.report.rows

@@ -131,7 +131,7 @@ def _child(function, item, folder, limit):
     os.dup2(out, 2)
     global _place
     _place, tempfile.tempdir = folder/"place", None
-    os.environ["TMPDIR"] = os.environ["IPYTHONDIR"] = str(folder)
+    for name in "TMPDIR", "IPYTHONDIR", "FTKIT_CACHE": os.environ[name] = str(folder)
     faulthandler.dump_traceback_later(limit, exit=True, file=2)
     try: answer = function(item), ""
     except CellFailed as e: answer = None, str(e)

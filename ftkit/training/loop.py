@@ -252,12 +252,15 @@ def fingerprint(self:Trainer)->dict:
         for values in (getattr(row, "ids", None), getattr(row, "labels", None)):
             if values is None: continue
             crc = zlib.crc32(np.asarray(values, dtype=np.int64).tobytes(), crc)
-    cfg,tokens = self.cfg,sum(row_length(row) for row in self.rows)
+    cfg,lengths = self.cfg,getattr(self.rows, "lengths", None)
+    if lengths is None: lengths = [row_length(row) for row in self.rows]
+    tokens = int(np.sum(lengths, dtype=np.int64))
     out = dict(rows=len(self.rows), tokens=tokens, content=crc, seed=cfg.seed,
                steps=self.total_steps, batch_size=cfg.batch_size, accumulate=cfg.accumulate,
                processes=self.world, precision=self.precision,
                objective=type(self.objective).__name__,
                **{f"optim.{k}": v for k,v in asdict(self.optim).items()})
+    if self.lengths is not None: out["grouped"] = True
     self._print = json.loads(json.dumps(out)) # as it will come back
     return self._print
 
