@@ -70,7 +70,8 @@ DONE = [u("Thanks"), a("You are welcome.")]
 
 
 def moss(**sections):
-    names = {"Inner Thoughts": "Inner Thoughts", "Commands": "Commands", "Results": "Tool Responses"}
+    names = {"Inner Thoughts": "Inner Thoughts", "Commands": "Commands",
+             "Results": "Tool Responses"}
     ends = {"Inner Thoughts": "<eot>", "Commands": "<eoc>", "Results": "<eor>"}
     out = {"Human": f"<|Human|>: {sections['human']}<eoh>\n"}
     for mark, name in names.items():
@@ -376,8 +377,8 @@ def test_what_arrow_fills_with_none_is_absent():
                           {"id": "1", "function": {"name": "a", "arguments": {"x": 1}}},
                           {"id": "2", "function": {"name": "b", "arguments": {"y": "z"}}}]),
                       msg("tool", "two", tool_call_id="2"), msg("tool", "one", tool_call_id="1")],
-         "tools": [{"function": {"name": "a", "parameters": {"properties": {"x": {"type": "int"}}}}},
-                   {"function": {"name": "b", "parameters": {"properties": {"y": {"type": "s"}}}}}],
+         "tools": [{"function": {"name": n, "parameters": {"properties": {p: {"type": t}}}}}
+                   for n, p, t in (("a", "x", "int"), ("b", "y", "s"))],
          "weight": 2.0},
         {"messages": [msg("user", "q"), msg("assistant", "y")]}])
     rows = list(table)
@@ -467,7 +468,8 @@ def test_functions_of_ones_own(tmp_path, monkeypatch):
     assert to_messages(rows, "mine:read") == [QA, QA]
     talk = Conversation(QA, [TOOL], 2.)
     assert to_messages(rows, lambda row: talk)[0].weight == 2.
-    for layout, match in (("nowhere:read", "can't be imported"), ("mine:reed", "no function 'reed'"),
+    for layout, match in (("nowhere:read", "can't be imported"),
+                          ("mine:reed", "no function 'reed'"),
                           ("mine:number", "no function"), (f"{tmp_path}/no.py:read", "no.py"),
                           ("alpacca", "Did you mean 'alpaca'"), (lambda r: r["z"], "KeyError: 'z'"),
                           (lambda r: "text", "expected a list of messages"),
@@ -502,7 +504,8 @@ def test_llama_factorys_descriptions(tmp_path):
     assert read("text", dict(content="q")) == [Message("text", "q")]
     seen = read("pictures", dict(m=[said(human="<image>"), said(gpt="y")], pics=["1.jpg"]))
     assert len(seen.images) == 1
-    for name, row, match in (("pairs", {}, "pairs of replies"), ("plan", {}, "Did you mean 'plain'"),
+    for name, row, match in (("pairs", {}, "pairs of replies"),
+                             ("plan", {}, "Did you mean 'plain'"),
                              ("chat", dict(conversations=[said(robot="q")]), "row 1: .*'robot'"),
                              ("named", dict(frage="q"), "row 1: the column 'antwort' is missing")):
         with pytest.raises(FtkitError, match=match): read(name, row)
@@ -601,7 +604,7 @@ BAD = [
     ("messages", chat(*CALLED, msg("user", "x"), msg("tool", "a", tool_call_id="1")), "message 4"),
     ("messages", chat(msg("assistant", "", tool_calls=[1])), "a tool call needs"),
     ("messages", chat(msg("assistant", "", tool_calls="f()")), "'tool_calls' of message 1 is str"),
-    ("messages", chat(msg("assistant", "", tool_calls=[call("1", arguments="{")])), "not valid JSON"),
+    ("messages", chat(msg("assistant", "", tool_calls=[call("1", arguments="{")])), "valid JSON"),
     ("messages", chat(msg("assistant", "", tool_calls=[call("1", arguments="[1]")])), "an object"),
     ("messages", chat(msg("user", "", tool_calls=[call("1")])), "only the assistant calls tools"),
     ("messages", chat(msg("user", "a"), tools=[dict(parameters={})]), "a tool needs a name"),
@@ -614,7 +617,7 @@ BAD = [
     ("sharegpt", dict(conversations="[not json"), "list of turns; found str"),
     ("llava_image_only", share(said(human="a"), said(gpt="b")), "has no <image>"),
     ("prompt_completion", dict(prompt="a"), "'completion' is missing"),
-    ("prompt_completion", dict(prompt=[msg("assistant", "a")], completion="b"), "ends with a reply"),
+    ("prompt_completion", dict(prompt=[msg("assistant", "a")], completion="b"), "ends with a"),
     ("prompt_completion", dict(prompt="a", completion=[msg("user", "b")]), "begins with the role"),
     ("colors", dict(description="a"), "'color' is missing"),
     ("text", dict(txt="a"), "'text' is missing; found 'txt'"),
@@ -632,7 +635,7 @@ BAD = [
     ("msagent_react", share(said(user="a"), said(assistant=THINK.replace("api_name", "api"))),
      "the call in turn 2 has no 'api_name'"),
     ("msagent", share(said(user="a"), said(assistant=EXEC)), "turn 2 has a result that"),
-    ("msagent_react", share(said(user="a"), said(assistant=THINK[:-9])), "mark without its partner"),
+    ("msagent_react", share(said(user="a"), said(assistant=THINK[:-9])), "without its partner"),
     ("moss", dict(chat=[1]), "'chat' should be an object"),
     ("moss", dict(chat=dict(turn_2=SEARCH)), "found turn_2"),
     ("moss", {**PLAIN, "num_turns": 2}, "num_turns is 2, and 'chat' has 'turn_1'"),
@@ -799,7 +802,7 @@ def test_prompts():
      "part at message 3, which is no reply"),
     (to_pairs, dict(chosen=talk("q", "y"), rejected=talk("q", "y", "r", "n")),
      "chosen side is only the beginning"),
-    (to_pairs, dict(chosen=talk("q", "y", "r"), rejected=talk("q", "n")), "should end with a reply"),
+    (to_pairs, dict(chosen=talk("q", "y", "r"), rejected=talk("q", "n")), "should end with"),
     (to_pairs, dict(chosen="q y", rejected="q n"), "should begin with"),
     (to_pairs, dict(prompt=talk("q"), chosen=talk("r", "y"), rejected=talk("q", "n")),
      "chosen answer begins with another prompt; message 1 differs"),
