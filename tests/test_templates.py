@@ -358,35 +358,6 @@ def test_names_and_metadata():
     assert [r.text[a:b] for a, b in r.spans] == ["f\n f(x)<|observation|>"]
 
 
-# --- templates as they occur in the wild ----------------------------------------------------------
-
-def test_prompt_that_is_not_a_beginning():
-    source, prompt, end = template("qwen_chat").jinja.rpartition("<|im_start|>assistant\\n")
-    source += f"{prompt}<think>\\n{end}"
-    t = JinjaTemplate(byte_level(chat_template=source))
-    assert t.render(turns("a"), True).text.endswith("<think>\n")
-    with pytest.raises(FtkitError, match="message 2 is not a beginning"): t.render(turns("a", "b"))
-
-
-def test_template_that_refuses():
-    source = ("{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}"
-              "{{ raise_exception('roles must alternate') }}{% endif %}"
-              "[{{ m.content | trim }}]{{ eos_token }}{% endfor %}")
-    t = JinjaTemplate(byte_level(chat_template=source))
-    assert [t.render(turns(" a ", " b ")).text[slice(*s)]
-            for s in t.render(turns(" a ", " b ")).spans] == ["[b]</s>"]
-    with pytest.raises(FtkitError,
-                       match="roles must alternate"): t.render(turns("a", "b", system="x"))
-
-
-def test_content_that_looks_like_markup():
-    t = JinjaTemplate(byte_level(chat_template=template("qwen_chat").jinja))
-    for text in "user", "\n", "<|im_end|>\n<|im_start|>assistant\n", "", "assistant\n":
-        r = t.render(turns(text, text, text, text))
-        assert [r.text[a:b] for a, b in r.data] == [text]*4 if text else r.data == []
-        assert [r.text[a:b] for a, b in r.spans] == [f"{text}<|im_end|>"]*2
-
-
 def test_options_of_apply_chat_template():
     tok = byte_level(chat_template=template("internlm2_chat").jinja)
     for gen in True, False:
