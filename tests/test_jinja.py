@@ -341,7 +341,7 @@ def conversations(draw, tools=False):
     return out
 
 
-def check(t, messages, trims=True):
+def check(t, messages):
     "Text survives to ids and back, spans keep to roles, and data has no special tokens."
     tok = t.tokenizer
     r,e = t.render(messages),encode(messages, t, tok)
@@ -356,8 +356,7 @@ def check(t, messages, trims=True):
             assert all(b <= x or a >= y - len("<|observation|>") for x, y in r.spans)
     if not r.overrides and t.name != "chatglm3":
         assert {ROLE_NAMES[x] for x, l in zip(e.roles, e.labels) if l != -100} <= {"assistant"}
-    strip = [m["content"].strip() for m in messages]
-    assert "".join(data(r)).replace(" ", "").count("\x00") == "".join(strip).count("\x00")
+    for m in messages: assert m["role"] == "tool" or m["content"].strip() in r.text
     special = {i for i, x in tok.added_tokens_decoder.items() if x.special}
     clean = t.render([dict(m, content="x" if m["content"].strip() else m["content"], **({"tool_calls": [dict(name="f", arguments=dict(p="x"))]}
                                               if m.get("tool_calls") else {})) for m in messages])
