@@ -360,6 +360,7 @@ def save_model(model,
     folder = Path(folder)
     notes = dict(format=1, base=_portable(base or model.name_or_path),
                  template=template and template.name, system=system)
+    if not lora_layers(model): _check_name(folder.name, notes["template"])
     if folder.exists() and not (folder/"ftkit.json").exists():
         if is_adapter(folder) or (folder/"config.json").exists():
             raise FtkitError("another model is in this folder", where=folder,
@@ -368,6 +369,19 @@ def save_model(model,
     with new_folder(folder) as d:
         _write_model(model, tokenizer, template, d, notes, max_shard_size)
     return folder
+
+# %% ../../nbs/40_models.load.ipynb #9d045285
+_LMDEPLOY = dict(vicuna="vicuna", wizardlm="wizardlm") | {
+    word: None for word in ("llama-2", "llama2", "codellama", "chatglm2")} # the same text, if any
+
+def _check_name(name, template):
+    "Say if LMDeploy would write other prompts than `template` for a folder of that name."
+    low = name.lower()
+    word = next((w for w,same in _LMDEPLOY.items() if w in low and template != same), None)
+    if "instruct" in low: word = word or next((w for w in ("mistral", "mixtral") if w in low), None)
+    if word and template:
+        say(f"ftkit: LMDeploy has prompts of its own for folders with {word!r} in their name, and "
+            f"would not write those of the training; give {name} another name to serve it there")
 
 # %% ../../nbs/40_models.load.ipynb #4cbca713
 def _write_model(model, tokenizer, template, folder, notes, max_shard_size):
