@@ -112,9 +112,10 @@ def parts(self:_Job, r:Rendered, ids:list, runs:list, report:EncodeReport)->list
     if self.max_length is None or n <= self.max_length: return [(range(n), 0)]
     if document or self.long == "split":
         report.split += 1
-        windows = _windows(n, self.max_length, self.context)
-        report.repeated += self.context*(len(windows) - 1)
-        return [(range(a, b), self.context if a else 0) for a,b in windows]
+        again = self.context if document else max(1, self.context)
+        windows = _windows(n, self.max_length, again)
+        report.repeated += again*(len(windows) - 1)
+        return [(range(a, b), again if a else 0) for a,b in windows]
     if self.long == "drop": report.overlong += 1; return []
     return [(_fit(ids, runs, self.max_length, self.tokenizer), 0)]
 
