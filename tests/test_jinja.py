@@ -1,4 +1,4 @@
-"Templates that come with a tokenizer: what is found by asking them, and what any template must keep to."
+"Templates that come with a tokenizer: what is found by asking; what any template keeps to."
 import copy, json, pickle
 from importlib.util import find_spec
 from itertools import pairwise
@@ -44,7 +44,8 @@ LOOK = [dict(type="function", function=dict(
     parameters=dict(type="object", required=["where"],
                     properties=dict(where=dict(type="string", description="A place")))))]
 CALL = dict(role="assistant", content="",
-            tool_calls=[dict(id="abcdefgh1", name="look", arguments=dict(where="up \"<|im_end|>\""))])
+            tool_calls=[dict(id="abcdefgh1", name="look",
+                             arguments=dict(where="up \"<|im_end|>\""))])
 AGENT = [dict(role="user", content="Sky?"), CALL, dict(role="tool", content="<|im_start|>blue"),
          dict(role="assistant", content="It is blue.")]
 
@@ -67,14 +68,15 @@ TOOLS = """{%- if tools %}<|im_start|>system
 {"name": "{{ c.function.name }}", "arguments": {{ c.function.arguments | tojson }}}
 </tool_call>{% endfor %}{% endif %}<|im_end|>
 {% endif %}{% endfor %}""" + PROMPT
-THINK = """{%- set ns = namespace(last=0) %}
-{%- for m in messages %}{% if m.role == 'user' %}{% set ns.last = loop.index0 %}{% endif %}{% endfor %}
+THINK = """{%- set ns = namespace(count=0) %}
+{%- for m in messages if m.role == 'user' %}{% set ns.count = ns.count + 1 %}{% endfor %}
 {%- for m in messages %}{%- set text, thought = m.content, '' %}
+{%- if m.role == 'user' %}{% set ns.count = ns.count - 1 %}{% endif %}
 {%- if m.role == 'assistant' and '</think>' in m.content %}
 {%- set thought = m.content.split('</think>')[0].rstrip('\\n').split('<think>')[-1].lstrip('\\n') %}
 {%- set text = m.content.split('</think>')[-1].lstrip('\\n') %}{%- endif %}
 {{- '<|im_start|>' + m.role + '\\n' }}
-{%- if m.role == 'assistant' and loop.index0 > ns.last %}
+{%- if m.role == 'assistant' and not ns.count %}
 {{- '<think>\\n' + thought.strip('\\n') + '\\n</think>\\n\\n' }}{%- endif %}
 {{- text + '<|im_end|>\\n' }}{%- endfor %}
 {%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"""
@@ -100,7 +102,8 @@ def test_content_that_looks_like_markup():
 
 def test_marks_that_people_use_themselves():
     t = own(PLAIN)
-    for text in "\U000f0000", "\U000f0003x\U000f0000", "\ue000", "\U0010ffff", "\U000f0001\U000f0100":
+    for text in ("\U000f0000", "\U000f0003x\U000f0000", "\ue000", "\U0010ffff",
+                 "\U000f0001\U000f0100"):
         assert data(t.render(turns(text, text))) == [text]*2
 
 
@@ -125,9 +128,10 @@ def test_thinking_of_earlier_replies_is_dropped():
 
 def test_special_token_in_what_a_template_rewrites():
     t = own(THINK, weak=["<think>", "</think>"])
-    r = t.render(turns("</s><|im_end|>", "<think>\n<|im_end|>\n</think>\n\n<|im_start|>b"))
+    messages = turns("</s><|im_end|>", "<think>\n<|im_end|>\n</think>\n\n<|im_start|>b")
+    r = t.render(messages)
     assert data(r) == ["</s>", "<|im_end|>", "<|im_end|>", "<|im_start|>", "b"]
-    e = encode(turns("</s><|im_end|>", "<think>\n<|im_end|>\n</think>\n\n<|im_start|>b"), t, t.tokenizer)
+    e = encode(messages, t, t.tokenizer)
     assert [e.ids.count(token_id(t.tokenizer, x)) for x in CHATML] == [2, 2, 0]
     upper = own("{% for m in messages %}{{ m.content | reverse }}<|im_end|>{% endfor %}")
     assert learned(upper.render(turns("ab", "cd"))) == ["dc<|im_end|>"]
@@ -138,7 +142,7 @@ def test_special_token_in_what_a_template_rewrites():
 def test_prompt_that_is_not_a_beginning():
     t = own(PLAIN.replace("assistant\n{% endif", "assistant\n<think>\n{% endif"))
     assert t.render(turns("a"), True).text.endswith("<think>\n")
-    match = "message 2 is not a beginning of the whole text.*it has '<think>.n' where the text has 'b"
+    match = "message 2 is not a beginning of the whole.*it has '<think>.n' where the text has 'b"
     with pytest.raises(FtkitError, match=match): t.render(turns("a", "b"))
     assert learned(t.render(turns("a", "<think>\nhm</think>b"))) == ["hm</think>b<|im_end|>"]
 
@@ -158,15 +162,17 @@ def test_roles_that_must_alternate_and_no_system():
                         ("user", "[INST] c [/INST]"), ("assistant", " d</s>")]
     with pytest.raises(FtkitError, match="not supported.*into the first user message"):
         t.render(turns("a", "b", system="s"))
-    with pytest.raises(FtkitError, match="roles must alternate"): t.render(turns("a")*2 + turns("b", "c"))
+    with pytest.raises(FtkitError, match="must alternate"): t.render(turns("a")*2 + turns("b", "c"))
 
 
 def test_template_that_leaves_out():
     t = own(PLAIN.replace("in messages", "in messages if m.role != 'system'"))
     with pytest.raises(FtkitError, match=r"leaves out message 1 \(system\)"):
         t.render(turns("a", "b", system="s"))
-    with pytest.raises(FtkitError, match=r"leaves out message 2 \(assistant\)"): own(PLAIN).render(AGENT)
-    with pytest.raises(FtkitError, match="does not know tools"): own(PLAIN).render(turns("a", "b"), tools=LOOK)
+    with pytest.raises(FtkitError, match=r"leaves out message 2 \(assistant\)"):
+        own(PLAIN).render(AGENT)
+    with pytest.raises(FtkitError, match="does not know tools"):
+        own(PLAIN).render(turns("a", "b"), tools=LOOK)
     with pytest.raises(FtkitError, match="no end token"): own("{{ messages[-1].content }}")
     with pytest.raises(FtkitError, match="does not write replies"): own("Hello")
 
@@ -176,7 +182,7 @@ def test_end_that_differs_in_the_middle():
               "{{ '<|return|>' if m.role == 'assistant' and loop.last else '<|end|>' }}{% endfor %}"
               "{% if add_generation_prompt %}<|start|>assistant{% endif %}")
     t = own(source, ["<|start|>", "<|message|>", "<|return|>", "<|end|>"], "<|return|>")
-    with pytest.raises(FtkitError, match="message 2 differently once more"): t.render(turns(*"abcd"))
+    with pytest.raises(FtkitError, match="message 2 differently once"): t.render(turns(*"abcd"))
     r = t.render(masked(turns(*"abcd")))
     assert learned(r) == ["<|message|>d<|return|>"]
     assert roles(r)[1] == ("assistant", "<|start|>assistant<|message|>b<|end|>")
@@ -198,8 +204,9 @@ def test_calls_are_learned_and_observations_are_not():
     for system in None, "Be brief.":
         messages = [*turns(system=system), *AGENT]
         r = t.render(messages, tools=LOOK)
-        assert learned(r) == ['<tool_call>\n{"name": "look", "arguments": {"where": "up \\"<|im_end|>'
-                              '\\""}}\n</tool_call><|im_end|>', "It is blue.<|im_end|>"]
+        assert learned(r) == [
+            '<tool_call>\n{"name": "look", "arguments": {"where": "up \\"<|im_end|>\\""}}\n'
+            "</tool_call><|im_end|>", "It is blue.<|im_end|>"]
         plain = t.tokenizer.apply_chat_template(
             t._given(as_messages(messages)), tools=LOOK, tokenize=False)
         assert r.text == plain
@@ -207,14 +214,16 @@ def test_calls_are_learned_and_observations_are_not():
         ends = e.ids.count(token_id(t.tokenizer, "<|im_end|>"))
         assert ends == 5 == e.ids.count(token_id(t.tokenizer, "<|im_start|>"))
         assert t.tokenizer.decode(e.ids) == r.text
-        assert [role for role, _ in roles(r)] == ["system", "user", "assistant", "tool", "assistant"]
+        assert " ".join(role for role, _ in roles(r)) == "system user assistant tool assistant"
         prompt = t.render(messages[:-1], True, LOOK)
         assert r.text.startswith(prompt.text)
 
 
 def test_arguments_as_text_and_ids_of_answers():
-    source = """{% for m in messages %}<|im_start|>{{ m.role }}{% if m.tool_call_id %}:{{ m.tool_call_id }}{% endif %}
-{{- '\\n' + m.content }}{% for c in m.tool_calls or [] %}{{ c.id + c.function.name + c.function.arguments }}{% endfor %}<|im_end|>
+    source = """{% for m in messages %}<|im_start|>{{ m.role }}
+{%- if m.tool_call_id %}:{{ m.tool_call_id }}{% endif %}{{ '\\n' + m.content }}
+{%- for c in m.tool_calls or [] %}{{ c.id + c.function.name + c.function.arguments }}
+{%- endfor %}<|im_end|>
 {% endfor %}""" + PROMPT
     t = own(source)
     r = t.render(AGENT)
@@ -224,18 +233,20 @@ def test_arguments_as_text_and_ids_of_answers():
 
 def test_names_that_a_template_compares():
     source = TOOLS.replace("{{ tool | tojson }}", (
-        "{% set f = tool.function %}{{ f.name }}: {{ f.description }}{% for k, p in f.parameters.properties.items() %}"
+        "{% set f = tool.function %}{{ f.name }}: {{ f.description }}"
+        "{% for k, p in f.parameters.properties.items() %}"
         "{{ k }}{% if k in f.parameters.required %} (needed){% endif %}"
         "{% if p.type == 'string' %} text{% endif %}{% endfor %}"))
     r = own(source).render(AGENT, tools=LOOK)
     assert "where (needed) text" in r.text and len(r.spans) == 2
-    assert data(r).count("<|im_end|>") == 1           # of the description; the rest is in other data
+    assert data(r).count("<|im_end|>") == 1         # of the description; the rest is in other data
     assert r.text.count("<|im_end|>") == 7
 
 
 def test_a_call_that_ends_with_a_token_of_its_own():
     source = TOOLS.replace("<|im_end|>\n{% endif %}{% endfor %}",
-                           "{{ '<|call|>' if m.tool_calls else '<|im_end|>\n' }}{% endif %}{% endfor %}")
+                           "{{ '<|call|>' if m.tool_calls else '<|im_end|>\n' }}"
+                           "{% endif %}{% endfor %}")
     t = own(source, [*CHATML, "<|call|>"])
     assert t.stop == ["<|im_end|>", "<|endoftext|>", "<|call|>"]
     assert [x[-10:] for x in learned(t.render(AGENT, tools=LOOK))] == ["l><|call|>", "<|im_end|>"]
@@ -250,13 +261,14 @@ def test_two_templates():
 
 # --- dates, marks of authors ----------------------------------------------------------------------
 
-@pytest.mark.parametrize("begin", ["", "\n", "  {% if true %}\n{% endif %}", "\n{%- if true %}x{% endif %}"])
+@pytest.mark.parametrize("begin", ["", "\n", "  {% if true %}\n{% endif %}",
+                                   "\n{%- if true %}x{% endif %}"])
 def test_time_stands_still(begin):
     clock = "{% if strftime_now is defined %}{% set d = strftime_now('%d %b %Y') %}{% endif %}"
     t = own(f"{begin}{clock}Today: {{{{ d }}}}\n{PLAIN}")
     fixed = own(f"{begin}{{% set d = '26 Jul 2024' %}}Today: {{{{ d }}}}\n{PLAIN}")
-    r = t.render(turns("a", "b"))
-    assert (r.text, r.spans) == (fixed.render(turns("a", "b")).text, fixed.render(turns("a", "b")).spans)
+    r,expected = t.render(turns("a", "b")),fixed.render(turns("a", "b"))
+    assert (r.text, r.spans) == (expected.text, expected.spans)
     again = copy.deepcopy(t.tokenizer)
     again.chat_template = t.jinja                              # as it is saved
     assert again.apply_chat_template(turns("a", "b"), tokenize=False) == r.text
@@ -322,9 +334,11 @@ def test_copies_of_official_templates(name):
 
 # --- properties -----------------------------------------------------------------------------------
 
-look_alikes = sorted({t for n in FAMILIES for t in special_tokens(n)} | {*CHATML, "[INST]", "<think>"})
-snippet = st.sampled_from([*look_alikes, "{{ x }}", "{% raw %}", "\\", "\r\n", "\n", " ", "\t", "\x00", "多",
-                           "👩‍💻", "\u2028", "\u200b", "\U000f0000", "user", "assistant\n"])
+look_alikes = sorted({t for n in FAMILIES for t in special_tokens(n)}
+                     | {*CHATML, "[INST]", "<think>"})
+snippet = st.sampled_from([*look_alikes, "{{ x }}", "{% raw %}", "\\", "\r\n", "\n", " ", "\t",
+                           "\x00", "多", "👩‍💻", "\u2028", "\u200b", "\U000f0000", "user",
+                           "assistant\n"])
 content = st.lists(snippet | st.text(max_size=5), max_size=4).map("".join)
 
 
@@ -334,7 +348,8 @@ def conversations(draw, tools=False):
     if draw(st.booleans()): out += turns(draw(content), draw(content))
     if tools and draw(st.booleans()):
         out[-1]["tool_calls"] = [dict(name="f", arguments={draw(content): draw(content)})]
-        out += [dict(role="tool", content=draw(content)), dict(role="assistant", content=draw(content))]
+        out += [dict(role="tool", content=draw(content)),
+                dict(role="assistant", content=draw(content))]
     for m in out:
         if m["role"] == "assistant": m["loss"] = draw(st.sampled_from([None, True, False]))
     out[-1]["loss"] = None
@@ -358,8 +373,11 @@ def check(t, messages):
         assert {ROLE_NAMES[x] for x, l in zip(e.roles, e.labels) if l != -100} <= {"assistant"}
     for m in messages: assert m["role"] == "tool" or m["content"].strip() in r.text
     special = {i for i, x in tok.added_tokens_decoder.items() if x.special}
-    clean = t.render([dict(m, content="x" if m["content"].strip() else m["content"], **({"tool_calls": [dict(name="f", arguments=dict(p="x"))]}
-                                              if m.get("tool_calls") else {})) for m in messages])
+    def plain(m):
+        called = dict(tool_calls=[dict(name="f", arguments=dict(p="x"))])
+        calls = called if "tool_calls" in m else {}
+        return dict(m, content="x" if m["content"].strip() else m["content"], **calls)
+    clean = t.render([plain(m) for m in messages])
     count = sum(i in special for i in e.ids)
     text = clean.text
     for a, b in reversed(clean.data): text = text[:a] + text[b:]

@@ -28,11 +28,12 @@ CALL = dict(role=A, content="", tool_calls=[dict(type="function", function=dict(
 TALKS = dict(
     one=said((U, "What colour is the sky?"), (A, "Blue.")),
     system=said((S, "Be brief."), (U, "What colour is the sky?"), (A, "Blue.")),
-    three=said((S, "Be brief."), (U, "天空 {{ x }}"), (A, "Blue {bos}"), (U, "And at night?"), (A, "Black."),
-               (U, "Why \\ 'that'?"), (A, "No sun.\n\nNone.")),
+    three=said((S, "Be brief."), (U, "天空 {{ x }}"), (A, "Blue {bos}"), (U, "And at night?"),
+               (A, "Black."), (U, "Why \\ 'that'?"), (A, "No sun.\n\nNone.")),
     again=said((U, "What colour is the sky?"), (A, "Blue."), (U, "And at night?"), (A, "Black.")),
     tools=[*said((U, "The sky?")), CALL, *said(("tool", "blue"), (A, "It is blue."))],
-    tools_and_system=[*said((S, "Be brief."), (U, "The sky?")), CALL, *said(("tool", "blue"), (A, "It is blue."))])
+    tools_and_system=[*said((S, "Be brief."), (U, "The sky?")), CALL,
+                      *said(("tool", "blue"), (A, "It is blue."))])
 UNENDED = {"chatglm2", "baichuan_chat", "minicpm"}  # their authors end the last reply alone
 
 
@@ -58,19 +59,24 @@ def known(t):
 
 def check_served(folder, t, tokenizer, bos_times=None):
     "From `folder`, transformers alone gives the texts and ids of the training, and stops."
-    theirs, stops = AutoTokenizer.from_pretrained(folder), GenerationConfig.from_pretrained(folder).eos_token_id
+    theirs = AutoTokenizer.from_pretrained(folder)
+    stops = GenerationConfig.from_pretrained(folder).eos_token_id
     assert stops == t.stop_ids(tokenizer) and stops
     talks = known(t)
+    def their_text(part, tools, gen): return theirs.apply_chat_template(
+        part, tools=tools, tokenize=False, add_generation_prompt=gen)
+    def their_ids(part, tools, gen): return theirs.apply_chat_template(
+        part, tools=tools, add_generation_prompt=gen, return_dict=False)
     for talk, tools in talks:
         for k in range(1, len(talk) + 1):
             gen = k < len(talk)
             if gen and talk[k]["role"] != A: continue
             part = talk[:k]
-            text = theirs.apply_chat_template(part, tools=tools, tokenize=False, add_generation_prompt=gen)
-            ids = theirs.apply_chat_template(part, tools=tools, add_generation_prompt=gen, return_dict=False)
+            text, ids = their_text(part, tools, gen), their_ids(part, tools, gen)
             assert text == t.render(part, gen, tools).text
             conversation = Conversation(part, tools=tools)
-            trained = encode(conversation, t, tokenizer).ids if not gen else encode_prompt(conversation, t, tokenizer)
+            trained = (encode_prompt(conversation, t, tokenizer) if gen
+                       else encode(conversation, t, tokenizer).ids)
             assert ids == trained == theirs(text, add_special_tokens=False)["input_ids"]
             if bos_times is not None: assert ids.count(theirs.bos_token_id) == bos_times
         e = encode(Conversation(talk, tools=tools), t, tokenizer)
@@ -78,7 +84,7 @@ def check_served(folder, t, tokenizer, bos_times=None):
         ends = [l for l, (a, b) in zip(e.labels, pairwise(learned)) if a and not b]
         if t.name in UNENDED: ends = ends[-1:]
         assert ends and set(ends) <= set(stops)
-        prompt = theirs.apply_chat_template(talk[:-1], tools=tools, add_generation_prompt=True, return_dict=False)
+        prompt = their_ids(talk[:-1], tools, True)
         assert e.ids[:len(prompt)] == prompt
     return theirs, talks
 
@@ -104,7 +110,8 @@ def test_every_family(name, adds_bos, tmp_path):
 
 
 @pytest.mark.parametrize("metaspace", ["first", "always"])
-@pytest.mark.parametrize("name", ["llama2_chat", "mistral", "vicuna", "alpaca", "minicpm", "internlm2_chat", "zephyr"])
+@pytest.mark.parametrize("name", ["llama2_chat", "mistral", "vicuna", "alpaca", "minicpm", "zephyr",
+                                  "internlm2_chat"])
 def test_pieces_as_sentencepiece_makes_them(name, metaspace, tmp_path):
     tokenizer = family_toy(name, adds_bos=True, metaspace=metaspace)
     t = template(name, tokenizer)
@@ -158,10 +165,12 @@ def test_merged(name, tmp_path):
 # --- LMDeploy -------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("folder,template_name,told", [
-    ("llama2-tuned", "llama2_chat", True), ("My-Llama-2-7b", "vicuna", True), ("codellama_x", "default", True),
+    ("llama2-tuned", "llama2_chat", True), ("My-Llama-2-7b", "vicuna", True),
+    ("codellama_x", "default", True),
     ("chatglm2-6b-law", "chatglm2", True), ("Mistral-7B-Instruct-x", "mistral", True),
-    ("mixtral-instruct", "mixtral", True), ("vicuna-law", "llama2_chat", True), ("wizardlm-1", "default", True),
-    ("vicuna-law", "vicuna", False), ("wizardlm-1", "wizardlm", False), ("llama3-tuned", "default", False),
+    ("mixtral-instruct", "mixtral", True), ("vicuna-law", "llama2_chat", True),
+    ("wizardlm-1", "default", True), ("vicuna-law", "vicuna", False),
+    ("wizardlm-1", "wizardlm", False), ("llama3-tuned", "default", False),
     ("mistral-law", "mistral", False), ("qwen", "qwen_chat", False)])
 def test_folders_whose_name_changes_the_prompt(folder, template_name, told, tmp_path, capsys):
     tokenizer = family_toy(template_name)

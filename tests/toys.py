@@ -18,7 +18,7 @@ def special_tokens(name):
 
 def toy(special=(), bos="<s>", eos="</s>", adds_bos=False, weak=(), metaspace=None,
         chat_template=None):
-    "A tokenizer of bytes, or with `metaspace` (first, always) of pieces as SentencePiece makes them."
+    "A tokenizer of bytes, or with `metaspace` (first, always) of pieces as in SentencePiece."
     special = list(dict.fromkeys(["<unk>", "<pad>", bos, eos, *special]))
     tok = Tokenizer(models.BPE(unk_token="<unk>" if metaspace else None))
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
