@@ -11,9 +11,14 @@ from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from queue import SimpleQueue
 from fastcore.basics import patch
-from .core import FtkitError
 
 # %% ../nbs/05_workers.ipynb #f65913fd
+def _told(e:Exception)->tuple: # the import takes a second, and few workers need it
+    "What can be said of an error across a pipe."
+    from ftkit.core import FtkitError
+    if isinstance(e, FtkitError): return "error",(e.problem, e.where, e.fix)
+    return "broken","".join(traceback.format_exception(e))
+
 def serve():
     "Read a function from stdin, then jobs for it; write what it returns, until the input ends."
     jobs,results = sys.stdin.buffer,os.fdopen(os.dup(1), "wb")
@@ -22,11 +27,10 @@ def serve():
     while True:
         try: job = pickle.load(jobs)
         except EOFError: return
-        except Exception: out = "broken",traceback.format_exc()
+        except Exception as e: out = _told(e)
         else:
             try: out = "fine",function(job) if function else None
-            except FtkitError as e: out = "error",(e.problem, e.where, e.fix)
-            except Exception: out = "broken",traceback.format_exc()
+            except Exception as e: out = _told(e)
             function = function or job
         pickle.dump(out, results, protocol=5)
         results.flush()
@@ -58,6 +62,7 @@ def __call__(self:Worker, job):
         pickle.dump(job, self.process.stdin, protocol=5)
         return self.take()
     except (EOFError, OSError, pickle.UnpicklingError) as e:
+        from ftkit.core import FtkitError
         raise FtkitError(f"a worker process died (exit code {self.process.wait(10)})", "workers",
                          "Look at what it wrote above, if anything. A process that was killed "
                          "(-9) often had no memory left: use fewer workers, or workers=0") from e
@@ -66,10 +71,13 @@ def __call__(self:Worker, job):
 def take(self:Worker):
     self.process.stdin.flush()
     kind,out = pickle.load(self.process.stdout)
-    if kind == "error": raise FtkitError(out[0], where=out[1], fix=out[2])
+    if kind == "error":
+        from ftkit.core import FtkitError
+        raise FtkitError(*out)
     if kind == "broken": raise RuntimeError(f"an error in a worker process:\n{out}")
     return out
 
+# %% ../nbs/05_workers.ipynb #5ffc20a8
 @patch
 def stop(self:Worker):
     "End it now, whatever it is doing."
