@@ -70,7 +70,7 @@ def check_custom_dataset(file,                     # What to read: a file, a fol
                          model:str="nano",         # Whose tokenizer to use
                          max_length:int=2048,      # Longest sample
                          as_json:bool=False        # Print it for a program to read
-                        )->"DataReport":
+                        ): # `ftkit.DataReport`
     "Read, write out and encode every row; print what is wrong with it, then what it is like."
     report = ft.check_data(file, layout, template, ft.load_tokenizer(model), max_length)
     if as_json: print(json.dumps(report.as_dict(), ensure_ascii=False, indent=1))
