@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Rows', 'in_words', 'Source', 'source', 'read_rows', 'media_path']
 
-# %% ../../nbs/28_data.files.ipynb #bc54e396
+# %% ../../nbs/28_data.files.ipynb #79ad4669
 import bz2, glob, gzip, hashlib, io, lzma, os, re, shutil, tempfile, zipfile, zlib
 from contextlib import ExitStack, closing, contextmanager
 from functools import partial
@@ -17,7 +17,7 @@ from ..core import FtkitError, need, unknown_name
 from .readers import (check_beginning, holds_lines, read_columns, read_csv, read_json,
                                 read_jsonl, read_text)
 
-# %% ../../nbs/28_data.files.ipynb #acd1f7e6
+# %% ../../nbs/28_data.files.ipynb #bb121fb7
 class Rows(list):
     "A list that knows where its items came from."
     def __init__(self, items=(),
@@ -35,7 +35,7 @@ def in_words(place)->str: # As made by a reader: file and kind of place, number 
     where,n = place
     return str(where) if n is None else f"{where} {n}"
 
-# %% ../../nbs/28_data.files.ipynb #d9491152
+# %% ../../nbs/28_data.files.ipynb #67a58042
 _KINDS = {".json": read_json, ".jsonl": read_jsonl, ".ndjson": read_jsonl, ".csv": read_csv,
           ".tsv": read_csv, ".parquet": read_columns, ".arrow": read_columns, ".txt": read_text,
           ".md": read_text}
@@ -53,7 +53,7 @@ def _kind(name):
     kind = rest[-1] if packed else last
     return kind if kind in _KINDS else None, packed
 
-# %% ../../nbs/28_data.files.ipynb #a15106e5
+# %% ../../nbs/28_data.files.ipynb #fa38f1a1
 @contextmanager
 def _opened(open_file, name):
     "A data file, unpacked, from its start."
@@ -79,7 +79,7 @@ def _reader(stream, kind, label):
     if read is read_json and first == b"{" and holds_lines(stream): return read_jsonl
     return read
 
-# %% ../../nbs/28_data.files.ipynb #ec7f43a6
+# %% ../../nbs/28_data.files.ipynb #4fbf4212
 _NOTES = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
 _SPLIT = re.compile(r"(train|test|val|dev|eval)(?:ing|id|idation|uation)?(?![a-z])", re.I)
 
@@ -107,7 +107,7 @@ def _data_names(names, where, what="folder"):
                          "folder/train*.jsonl")
     return names
 
-# %% ../../nbs/28_data.files.ipynb #e8eb5d75
+# %% ../../nbs/28_data.files.ipynb #43749149
 def _find(path):
     "Folder of a path that was given, and the data files that it stands for."
     text = os.path.expanduser(str(path))
@@ -117,7 +117,7 @@ def _find(path):
     if glob.has_magic(text):
         fixed = Path(*[p for p in _before_magic(here.parts)])
         found = [Path(f) for f in glob.glob(text, recursive=True)]
-        files = {f for f in found if f.is_file() and _is_data(f.name)}
+        files = {f for f in found if f.is_file() and _is_data(f.relative_to(fixed))}
         if files: return fixed,sorted(files)
         raise FtkitError("no data file matches this pattern", where=path)
     if here.exists(): raise FtkitError("this is neither a file nor a folder", where=path)
@@ -142,7 +142,7 @@ def _known(path):
                      where=path, fix="Save it as JSON lines, for example with pandas: "
                      "frame.to_json(path, orient='records', lines=True)")
 
-# %% ../../nbs/28_data.files.ipynb #2ffb444e
+# %% ../../nbs/28_data.files.ipynb #c6df3c17
 def _members(path):
     "Name, label and opener of the file, or of each data file in a zip archive."
     if path.suffix.lower() != ".zip":
@@ -170,7 +170,7 @@ def _file_rows(path):
         raise FtkitError(f"cannot be unpacked: {e}", where=label, fix="Copy it again") from e
     except OSError as e: raise FtkitError(f"cannot be read: {e.strerror or e}", where=label) from e
 
-# %% ../../nbs/28_data.files.ipynb #56e13f51
+# %% ../../nbs/28_data.files.ipynb #8560d53d
 def _builtin(name):
     kind,_,part = name.partition("/")
     if kind == "colors" and part in ("", "all", "train", "test"):
@@ -186,7 +186,7 @@ def _builtin(name):
                        ["colors/train", "colors/test", "colors/all", "nano_text",
                         "nano_text/1000", "small_talk"])
 
-# %% ../../nbs/28_data.files.ipynb #571d2b1e
+# %% ../../nbs/28_data.files.ipynb #0d3bb598
 _HUB = re.compile(r"hub:([^:@]+)(?::([^@]+))?(?:@(.+))?")
 
 def _hub(path, streaming=False):
@@ -214,7 +214,7 @@ def _hub_rows(path, streaming):
     with _hub_errors(path):
         for n,row in enumerate(_hub(path, streaming), 1): yield dict(row),(f"{path}, row", n)
 
-# %% ../../nbs/28_data.files.ipynb #5d72c4a8
+# %% ../../nbs/28_data.files.ipynb #ba5771d7
 class Source:
     "Rows with their places, read anew each time it is iterated, one at a time."
     def __init__(self,
@@ -239,7 +239,7 @@ class Source:
             for row,place in islice(found, n): out.append(row); out.places.append(place)
         return out
 
-# %% ../../nbs/28_data.files.ipynb #0e66a746
+# %% ../../nbs/28_data.files.ipynb #fc970a70
 @patch
 def _found(self:Source, streaming):
     "Rows and places, good and bad."
@@ -272,7 +272,7 @@ def _refuse(self:Source, row, place):
     row.__cause__ = row.__context__ = row.__traceback__ = None  # they hold the text of the row
     self.bad.append(row)
 
-# %% ../../nbs/28_data.files.ipynb #122b7ee1
+# %% ../../nbs/28_data.files.ipynb #5d8884eb
 def source(path,                     # File, folder, pattern, builtin:… or hub:…
            skip_bad_rows:bool=False, # Leave out what can't be read; `.bad` collects the errors
           )->Source:
@@ -292,7 +292,7 @@ def read_rows(path,                     # As for `source`
     out.skipped = len(made.bad)
     return out
 
-# %% ../../nbs/28_data.files.ipynb #9346afa6
+# %% ../../nbs/28_data.files.ipynb #b5c3f8f2
 LARGE = 2**30  # Bytes from which a file is known by samples
 
 def _digest(path):
@@ -309,7 +309,7 @@ def _digest(path):
             seen.update(f.read(2**16))
     return seen.digest()
 
-# %% ../../nbs/28_data.files.ipynb #b1ee8893
+# %% ../../nbs/28_data.files.ipynb #1e2a2781
 @patch
 def fingerprint(self:Source)->str:
     "A hash of the content of all files in order; of the version, for data that has no file."
@@ -322,7 +322,7 @@ def fingerprint(self:Source)->str:
             raise FtkitError(f"cannot be read: {e.strerror}", where=file) from e
     return seen.hexdigest()[:32]
 
-# %% ../../nbs/28_data.files.ipynb #2a2f5e92
+# %% ../../nbs/28_data.files.ipynb #50a81504
 def media_path(root,     # Folder of the data, `Source.root`
                path:str  # What a row says
               )->Path:   # Real path, which need not exist

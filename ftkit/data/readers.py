@@ -5,23 +5,30 @@
 # %% auto #0
 __all__ = ['LONGEST', 'read_jsonl', 'read_json', 'holds_lines', 'read_csv', 'read_text', 'read_columns', 'check_beginning']
 
-# %% ../../nbs/19_data.readers.ipynb #cee2acc2
+# %% ../../nbs/19_data.readers.ipynb #d9035a31
 import csv, io, json, re
 from functools import partial
 from itertools import chain
 from fastcore.basics import patch
 from ..core import FtkitError, need
 
-# %% ../../nbs/19_data.readers.ipynb #9333ebd2
+# %% ../../nbs/19_data.readers.ipynb #ff28b24b
 def _error(problem, label, n, fix=None, kind="line"):
     return FtkitError(problem, where=f"{label}, {kind} {n}", fix=fix)
 
 _UTF8 = "Save the file as UTF-8; other encodings, such as Latin-1 or GBK, can't be told apart"
 _CUT = "The file ends in the middle of it: it was cut short while it was written or copied"
 
-# %% ../../nbs/19_data.readers.ipynb #28cd9162
+# %% ../../nbs/19_data.readers.ipynb #979a23b2
 _HALF = re.compile("[\ud800-\udfff]")           # halves; 0xdc00 + byte is a byte in disguise
 _ESCAPED = re.compile(r"\\u[dD][89a-fA-F]")     # a half, or a whole emoji, as JSON escapes it
+
+def _disguised(text):
+    "Whether there is a byte in the text that is not UTF-8."
+    if text.isascii(): return False
+    try: text.encode()
+    except UnicodeEncodeError: return True
+    return False
 
 def _check_text(row):
     "Raise if a text in the row is none, naming the column."
@@ -41,7 +48,7 @@ def _check_text(row):
             else: problem = f"the byte 0x{code - 0xdc00:02x}: not UTF-8 text"
             raise FtkitError(f"the column {path!r} holds {problem}", fix=_UTF8)
 
-# %% ../../nbs/19_data.readers.ipynb #53297006
+# %% ../../nbs/19_data.readers.ipynb #4a16d7a8
 class _Decoder:
     "Parses one JSON value at a time, strictly."
     def __init__(self):
@@ -70,7 +77,7 @@ def _odd_error(odd, text, start):
     name = f"the column {column[1]!r} holds" if column else "there is a"
     return FtkitError(f"{name} {odd}, which is not JSON", fix="Write null for what is missing")
 
-# %% ../../nbs/19_data.readers.ipynb #d38cfec0
+# %% ../../nbs/19_data.readers.ipynb #e0944aba
 def _is_cut(e):
     "Whether the text ends where the parser wanted more."
     rest = e.doc[e.pos:].rstrip(" \t\r\n")
@@ -93,7 +100,7 @@ def _json_error(e, label, line, column, cut=False, n=None):
         fix = "Remove the comma after the last row"
     return FtkitError(problem, where=f"{label}, line {line}, column {column}", fix=fix)
 
-# %% ../../nbs/19_data.readers.ipynb #2273bc79
+# %% ../../nbs/19_data.readers.ipynb #e2c055ae
 def _row_of(line, decoder, label, n):
     "The row in a line; None if the line is blank."
     try:
@@ -114,7 +121,7 @@ def _row_of(line, decoder, label, n):
     except ValueError as e: raise _error(f"not valid JSON: {e}", label, n) from e
     except FtkitError as e: raise _error(e.problem, label, n, e.fix) from e
 
-# %% ../../nbs/19_data.readers.ipynb #7efa595a
+# %% ../../nbs/19_data.readers.ipynb #d4c022d0
 LONGEST = 2**30  # Bytes of a line, characters of a row
 
 def read_jsonl(stream, # Binary file, from its start
@@ -130,7 +137,7 @@ def read_jsonl(stream, # Binary file, from its start
 
 _LONG = "Is it really one row a line? Cut long documents into several rows"
 
-# %% ../../nbs/19_data.readers.ipynb #d40f380e
+# %% ../../nbs/19_data.readers.ipynb #340de8d9
 class _Scan:
     "A JSON text, parsed value by value."
     def __init__(self, stream, label, size):
@@ -155,14 +162,7 @@ class _Scan:
         column = at - before if before >= 0 else self.column + at
         return self.line + self.text.count("\n", 0, at), column
 
-def _disguised(text):
-    "Whether there is a byte in the text that is not UTF-8."
-    if text.isascii(): return False
-    try: text.encode()
-    except UnicodeEncodeError: return True
-    return False
-
-# %% ../../nbs/19_data.readers.ipynb #b951613e
+# %% ../../nbs/19_data.readers.ipynb #cccdbccf
 @patch
 def peek(self:_Scan):
     "The next character that is not blank; '' at the end."
@@ -180,9 +180,10 @@ def value(self:_Scan):
         self.decoder.odd.clear()
         try:
             found,end = self.decoder.scan(self.text, self.at)
-            if end < len(self.text) or not self.more():
+            sure = isinstance(found, (dict, list, str)) or end < len(self.text) - 3
+            if sure or not self.more():     # 1 may go on as 1e+5 in the next piece
                 self.start,self.at = self.at,end
-                return found    # (a number may go on in the next piece)
+                return found
         except json.JSONDecodeError as e:
             whole = e.pos <= len(self.text) - 16 and not e.msg.startswith("Unterminated")
             if whole or len(self.text) - self.at > LONGEST or not self.more():
@@ -190,6 +191,7 @@ def value(self:_Scan):
         except RecursionError as e: raise self.fail(e, "nested too deeply") from e
         except ValueError as e: raise self.fail(e, f"not valid JSON: {e}") from e
 
+# %% ../../nbs/19_data.readers.ipynb #918c30bc
 @patch
 def fail(self:_Scan, e, problem=None):
     "The error to raise: where the parser stopped, and why."
@@ -198,7 +200,7 @@ def fail(self:_Scan, e, problem=None):
         return FtkitError(problem, where=f"{self.label}, line {line}, column {column}")
     return _json_error(e, self.label, *self.place(e.pos), self.ended, self.row)
 
-# %% ../../nbs/19_data.readers.ipynb #b709d105
+# %% ../../nbs/19_data.readers.ipynb #404f7687
 @patch
 def items(self:_Scan):
     "Rows and places of the list that begins here."
@@ -223,7 +225,7 @@ def expect(self:_Scan, found, char):
         raise self.fail(json.JSONDecodeError(f"Expecting {char!r}", self.text, self.at))
     self.at += 1
 
-# %% ../../nbs/19_data.readers.ipynb #90663743
+# %% ../../nbs/19_data.readers.ipynb #96ae4224
 @patch
 def wrapped(self:_Scan):
     "Rows and places of the one list in the object that begins here."
@@ -246,7 +248,7 @@ def wrapped(self:_Scan):
                          f"with {lists} lists and the keys {', '.join(map(repr, keys[:8]))}",
                          where=self.label, fix="With pandas: frame.to_json(path, orient='records')")
 
-# %% ../../nbs/19_data.readers.ipynb #1a07a61a
+# %% ../../nbs/19_data.readers.ipynb #8c143902
 def read_json(stream,      # Binary file, from its start
               label,       # Name of the file, for places and errors
               size=2**18): # Characters to read at once
@@ -262,13 +264,13 @@ def read_json(stream,      # Binary file, from its start
 
 def holds_lines(stream)->bool:
     "Whether a file of JSON holds one object a line, whatever it is called."
-    lines = iter(partial(stream.readline, 2**24), b"")
+    lines = iter(partial(stream.readline, 2**22), b"")
     first = next((l for l in lines if l.strip(b" \t\r\n\xef\xbb\xbf")), b"")
     try: row = json.loads(first.decode("utf-8-sig"))
     except (ValueError, RecursionError): return False
     return isinstance(row, dict) and any(l.strip() for l in lines)
 
-# %% ../../nbs/19_data.readers.ipynb #3d0dd0ea
+# %% ../../nbs/19_data.readers.ipynb #5105d16e
 def _table_lines(file):
     "The lines of a table, NUL in disguise too."
     for line in iter(partial(file.readline, LONGEST), ""):
@@ -300,7 +302,7 @@ def _cells(cells, names, label, line):
     except FtkitError as e: return _error(e.problem, label, line, e.fix)
     return row
 
-# %% ../../nbs/19_data.readers.ipynb #21ff0180
+# %% ../../nbs/19_data.readers.ipynb #9a6855b1
 def read_csv(stream, # Binary file, from its start
              label): # Name of the file, for places and errors
     "Rows and places of a table with a header; an error in the place of a bad row."
@@ -333,7 +335,7 @@ def _table_error(e, label, n, last=0):
     return _error(f"not a row of a table: {e}", label, f"{n}{to}",
                   "Quote the whole cell, and write quotes inside of it twice")
 
-# %% ../../nbs/19_data.readers.ipynb #d4f6d6c7
+# %% ../../nbs/19_data.readers.ipynb #aca07098
 def read_text(stream,       # Binary file, from its start
               label,        # Name of the file, for places and errors
               part=2**20):  # Most characters in one row
@@ -365,7 +367,7 @@ def _not_text(text, label, line):
     if not found: return _error("a NUL byte: the file is damaged, or no text", label, line)
     return _error(f"not UTF-8 text: the byte 0x{found:02x}", label, line, _UTF8)
 
-# %% ../../nbs/19_data.readers.ipynb #78ef78e6
+# %% ../../nbs/19_data.readers.ipynb #0cd9bd1c
 def _batches(stream, label):
     "The batches of rows in a Parquet or Arrow file, and how many rows it promises."
     start = stream.read(8)
@@ -373,7 +375,7 @@ def _batches(stream, label):
     if start[:4] == b"PAR1":
         file = need("pyarrow.parquet").ParquetFile(stream, page_checksum_verification=True,
                                                    buffer_size=2**20)
-        return file.schema_arrow,file.iter_batches(1000, use_threads=False),file.metadata.num_rows
+        return file.schema_arrow,file.iter_batches(256, use_threads=False),file.metadata.num_rows
     ipc = need("pyarrow.ipc")
     if start[:6] == b"ARROW1":
         file = ipc.open_file(stream)
@@ -385,7 +387,7 @@ def _batches(stream, label):
     file = ipc.open_stream(stream)
     return file.schema,file,None
 
-# %% ../../nbs/19_data.readers.ipynb #c800457d
+# %% ../../nbs/19_data.readers.ipynb #fe93dacd
 def read_columns(stream, # Binary file that can seek
                  label): # Name of the file, for places and errors
     "Rows and places of a Parquet or Arrow file."
@@ -395,8 +397,8 @@ def read_columns(stream, # Binary file that can seek
         if twice := [c for c in schema.names if schema.names.count(c) > 1]:
             raise FtkitError(f"two columns are called {twice[0]!r}", where=label)
         for batch in batches:
-            for i in range(0, len(batch), 1000):
-                for row in _batch_rows(batch.slice(i, 1000), label, n):
+            for i in range(0, len(batch), 64):
+                for row in _batch_rows(batch.slice(i, 64), label, n):
                     n += 1
                     yield row,(where, n)
     except (arrow.ArrowException, OSError, ValueError, LookupError, OverflowError,
@@ -415,7 +417,7 @@ def _batch_rows(batch, label, before):
         return [row for i,p in enumerate(parts) for row in _batch_rows(p, label, before + i)]
     return batch.to_pylist()
 
-# %% ../../nbs/19_data.readers.ipynb #9459d710
+# %% ../../nbs/19_data.readers.ipynb #fa2dc714
 _BEGINNINGS = {
     b"\xff\xfe": "UTF-16 text", b"\xfe\xff": "UTF-16 text", b"\x1f\x8b": "a gzip file",
     b"PK\x03\x04": "a zip file", b"BZh": "a bzip2 file", b"\xfd7zXZ": "an xz file",
@@ -425,12 +427,12 @@ _BEGINNINGS = {
     b"\x80\x04": "a pickle", b"version https://git-lfs": "a pointer of Git LFS, not the data",
     b"<!doctype html": "a web page", b"<html": "a web page"}
 
-# %% ../../nbs/19_data.readers.ipynb #00ca337a
+# %% ../../nbs/19_data.readers.ipynb #7e752213
 def check_beginning(start,  # First bytes of a file that should be text
                     label): # Name of the file
     "Raise if the first bytes show that the file is not what its name says."
     what = next((w for b,w in _BEGINNINGS.items() if start.lower().startswith(b.lower())), None)
-    if what is None and b"\0" in start[:4] and start.strip(b"\0"): what = "UTF-16 text, or none"
+    if what is None and start[:2].count(0) == 1: what = "UTF-16 text, or none"
     if what is None: return
     fix = {"UTF": "Save it as UTF-8", "a we": "Download the file itself",
            "a po": "Fetch the data: git lfs pull"}.get(what[:3] if what[0] == "U" else what[:4],
