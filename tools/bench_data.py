@@ -1,16 +1,19 @@
-"""Encoding and packing beside TRL's and XTuner's ways: same file, tokenizer and text, one machine, one run.
+"""Encoding and packing beside TRL's and XTuner's ways: same file, tokenizer, text, machine and run.
 
-    python tools/bench_data.py alpaca_en_demo.json --vocabulary qwen.tiktoken --peer-python ../peers/bin/python
+    python tools/bench_data.py alpaca_en_demo.json --vocabulary qwen.tiktoken \\
+        --peer-python ../peers/bin/python
 
-Each measurement runs in a process of its own, and the ways take turns. Every way starts with the parsed rows of
-an alpaca file in memory and ends with packed rows of ids and labels. TRL is the installed package: its trainer's own
-preparation, in a process of --peer-python (left out, with a word, if there is none). XTuner cannot be installed
-beside current packages; its way is written down here from its source: four maps, pieces encoded turn by turn,
-samples strung together and cut, the rest of each group of a map dropped. The caches of datasets are off.
+Each measurement runs in a process of its own, and the ways take turns. Every way starts with the
+parsed rows of an alpaca file in memory and ends with packed rows of ids and labels. TRL is the
+installed package: its trainer's own preparation, in a process of --peer-python (left out, with a
+word, if there is none). It is given conversations, since it has no map for alpaca files; those of
+the others are counted. XTuner cannot be installed beside current packages; its way is written down
+here from its source: maps one row at a time, pieces encoded turn by turn, samples strung together
+and cut, the rest of each group of a map dropped. The caches of datasets are off.
 
 one core   the process is bound to one core and no other helps it; its CPU seconds are counted
-all cores  ftkit's tokenizer uses threads, or --workers processes; the peers get a process for each core;
-           seconds by the clock are counted
+all cores  ftkit's tokenizer uses threads, or --workers processes; the peers get a process for each
+           core; seconds by the clock are counted
 """
 import argparse, base64, json, os, statistics, subprocess, sys, tempfile, time
 from pathlib import Path
@@ -18,13 +21,13 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 SYSTEM = "You are a helpful assistant."
 SPECIAL = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
-CHATML = ("{% for m in messages %}{% if loop.first and m.role != 'system' %}<|im_start|>system\n" + SYSTEM
-          + "<|im_end|>\n{% endif %}{% if m.role == 'assistant' %}<|im_start|>assistant\n{% generation %}"
-          "{{ m.content }}<|im_end|>{% endgeneration %}{{ '\n' }}{% else %}<|im_start|>{{ m.role }}\n{{ m.content }}"
-          "<|im_end|>\n{% endif %}{% endfor %}")
+CHATML = ("{% for m in messages %}{% if loop.first and m.role != 'system' %}<|im_start|>system\n"
+          + SYSTEM + "<|im_end|>\n{% endif %}{% if m.role == 'assistant' %}<|im_start|>assistant\n"
+          "{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}{{ '\n' }}{% else %}"
+          "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endif %}{% endfor %}")
 
 
-# --- the tokenizer -------------------------------------------------------------------------------------------------
+# --- the tokenizer -------------------------------------------------------------------------------
 
 def byte_letters():
     "How byte-level tokenizers spell each byte."
@@ -35,7 +38,8 @@ def byte_letters():
 
 def from_tiktoken(path):
     "A tokenizer of ranked byte strings, such as Qwen's, in the form of the tokenizers package."
-    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+    from tokenizers import (AddedToken, Regex, Tokenizer, decoders, models, normalizers,
+                            pre_tokenizers)
     lines = (line.split() for line in Path(path).read_bytes().splitlines() if line)
     ranks, letter = {base64.b64decode(t): int(r) for t, r in lines}, byte_letters()
     def spell(token): return "".join(letter[b] for b in token)
@@ -43,13 +47,14 @@ def from_tiktoken(path):
     for token, rank in sorted(ranks.items(), key=lambda kv: kv[1]):
         parts = [token[i:i + 1] for i in range(len(token))]
         while len(parts) > 2:   # merge as the tokenizer would, up to the step that makes the token
-            best, i = min((ranks.get(parts[i] + parts[i + 1], 1 << 60), i) for i in range(len(parts) - 1))
+            pairs = enumerate(zip(parts, parts[1:]))
+            best, i = min((ranks.get(a + b, 1 << 60), i) for i, (a, b) in pairs)
             if best >= rank: break
             parts[i:i + 2] = [parts[i] + parts[i + 1]]
         if len(parts) == 2: merges.append(tuple(map(spell, parts)))
     tok = Tokenizer(models.BPE({spell(t): r for t, r in ranks.items()}, merges))
-    words = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-             r"|\s*[\r\n]+|\s+(?!\S)|\s+")
+    words = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+             r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
     tok.normalizer = normalizers.NFC()
     tok.pre_tokenizer = pre_tokenizers.Sequence([
         pre_tokenizers.Split(Regex(words), "isolated"),
@@ -67,13 +72,13 @@ def save_tokenizer(vocabulary, folder):
         from ftkit.nano.base import nano_path
         tok = AutoTokenizer.from_pretrained(nano_path())
     else:
-        tok = PreTrainedTokenizerFast(tokenizer_object=from_tiktoken(vocabulary), eos_token=SPECIAL[2],
-                                      pad_token=SPECIAL[0])
+        tok = PreTrainedTokenizerFast(tokenizer_object=from_tiktoken(vocabulary),
+                                      eos_token=SPECIAL[2], pad_token=SPECIAL[0])
     tok.chat_template = CHATML
     tok.save_pretrained(folder)
 
 
-# --- three ways ----------------------------------------------------------------------------------------------------
+# --- three ways ----------------------------------------------------------------------------------
 
 def user_of(row): return row["instruction"] + ("\n" + row["input"] if row.get("input") else "")
 
@@ -90,17 +95,16 @@ def with_ftkit(rows, tokenizer, args):
         start, report = args.clock(), EncodeReport()
         samples = to_messages(rows, "alpaca")
         pairs = ((s, None) for s in samples)
-        batches = list(encode_batches(pairs, t, tokenizer, args.length, "drop", workers=args.workers,
-                                      report=report))
+        batches = encode_batches(pairs, t, tokenizer, args.length, "drop", workers=args.workers,
+                                 report=report)
         encoded = [e for b in batches for e in b]
         middle = args.clock()
         numbers, starts = pack_arrays([len(e) for e in encoded], args.length, seed=0)
         packed = [make_row([encoded[i] for i in numbers[a:b]]) for a, b in zip(starts, starts[1:])]
         end = args.clock()
-        lost = report.cut_tokens + report.tokens - sum(map(len, packed))
-        return dict(encode=middle - start, pack=end - middle, tokens=report.tokens + report.cut_tokens,
-                    lost=lost, rows=len(packed), learned=int(sum((r.labels != -100).sum() for r in packed)),
-                    torn=0)
+        tokens = report.tokens + report.cut_tokens
+        return dict(encode=middle - start, pack=end - middle, tokens=tokens, rows=len(packed),
+                    lost=tokens - sum(map(len, packed)), torn=0)
     return run
 
 
@@ -115,12 +119,12 @@ def with_trl(rows, tokenizer, args):
             dict(role="user", content=user_of(r)), dict(role="assistant", content=r["output"])]}
             for r in rows])
     def prepare(data, **options):
-        config = SFTConfig(output_dir=tempfile.gettempdir(), assistant_only_loss=args.way != "trl-all",
-                           dataset_num_proc=args.processes or None, report_to=[], bf16=False, use_cpu=True,
-                           **options)
+        config = SFTConfig(output_dir=tempfile.gettempdir(), report_to=[], bf16=False, use_cpu=True,
+                           assistant_only_loss=args.way != "trl-all",
+                           dataset_num_proc=args.processes or None, **options)
         me = SimpleNamespace(_tokenizer=tokenizer, chat_template=None, completion_only_loss=False)
-        return SFTTrainer._prepare_dataset(me, data, tokenizer, config, options.get("packing", False), None,
-                                           "train")
+        packing = options.get("packing", False)
+        return SFTTrainer._prepare_dataset(me, data, tokenizer, config, packing, None, "train")
     strategy = "wrapped" if args.way == "trl-wrapped" else "bfd"
     def run(rows):
         data = conversations(rows)
@@ -133,8 +137,8 @@ def with_trl(rows, tokenizer, args):
         lengths = [len(x) for x in encoded["input_ids"]]
         torn = cuts(lengths, args.length) if strategy == "wrapped" else 0
         out = sum(len(x) for x in packed["input_ids"])
-        return dict(encode=middle - start, pack=end - middle, tokens=sum(lengths), lost=sum(lengths) - out,
-                    rows=len(packed), learned=sum(l != -100 for x in packed["labels"] for l in x), torn=torn)
+        return dict(encode=middle - start, pack=end - middle, tokens=sum(lengths),
+                    rows=len(packed), lost=sum(lengths) - out, torn=torn)
     return run
 
 
@@ -198,9 +202,8 @@ def with_xtuner(rows, tokenizer, args):
         end = args.clock()
         lengths = [len(x) for x in shuffled["input_ids"]]
         out = sum(len(x) for x in packed["input_ids"])
-        return dict(encode=middle - start, pack=end - middle, tokens=sum(lengths), lost=sum(lengths) - out,
-                    rows=len(packed), learned=sum(l != -100 for x in packed["labels"] for l in x),
-                    torn=cuts(lengths, args.length))
+        return dict(encode=middle - start, pack=end - middle, tokens=sum(lengths),
+                    rows=len(packed), lost=sum(lengths) - out, torn=cuts(lengths, args.length))
     return run
 
 
@@ -208,7 +211,14 @@ WAYS = {"ftkit": with_ftkit, "trl": with_trl, "trl-all": with_trl, "trl-wrapped"
         "xtuner": with_xtuner}
 
 
-# --- measuring -----------------------------------------------------------------------------------------------------
+# --- measuring -----------------------------------------------------------------------------------
+
+def copies(rows, times):
+    "Rows of several copies, no two of them alike, so that nothing can be looked up."
+    def other(row, k): return row if not k else {**row, **{
+        name: f"{row[name]} ({k})" for name in ("instruction", "output")}}
+    return [other(row, k) for k in range(times) for row in rows]
+
 
 def measure(args):
     "One way, in this process: figures as JSON."
@@ -223,13 +233,13 @@ def measure(args):
     rows = json.loads(Path(args.file).read_text(encoding="utf-8"))
     run = WAYS[args.way](rows, tokenizer, args)
     run(rows[:64])      # imports, regular expressions, first maps
-    print(json.dumps(run(rows*args.times)))
+    print(json.dumps(run(copies(rows, args.times))))
 
 
 def child(args, way, folder, python, length, one_core):
     "The figures of one way, from a fresh process."
-    command = [python, __file__, args.file, "--way", way, "--tokenizer", folder, "--length", str(length),
-               "--times", str(args.times)]
+    command = [python, __file__, args.file, "--way", way, "--tokenizer", folder,
+               "--length", str(length), "--times", str(args.times)]
     if one_core: command.append("--one-core")
     elif way == "ftkit": command += ["--workers", str(args.workers)]
     else: command += ["--processes", str(len(os.sched_getaffinity(0)))]
@@ -251,33 +261,35 @@ def table(args, folder, length, one_core, ways):
     cores = "one core" if one_core else f"all {len(os.sched_getaffinity(0))} cores"
     print(f"\n{n:,} rows, {Path(args.file).name} × {args.times}, rows of {length:,}, {cores}, "
           f"{args.repeats} runs each: median (best)")
-    print(f"{'way':12} {'encode rows/s':>18} {'to packed rows/s':>18} {'tokens':>10} {'rows':>6} {'fewest':>6}"
-          f" {'fill':>7} {'best':>7} {'lost':>7} {'torn':>6}")
+    print(f"{'way':12} {'encode rows/s':>18} {'to packed rows/s':>18} {'tokens':>10} {'rows':>6} "
+          f"{'fewest':>6} {'fill':>7} {'best':>7} {'lost':>7} {'torn':>6}")
     for way, runs in found.items():
         def rate(*keys):
             rates = [n/sum(r[k] for k in keys) for r in runs]
             return f"{statistics.median(rates):,.0f} ({max(rates):,.0f})"
         r = runs[0]
-        kept = r["tokens"] - r["lost"]
-        fewest = -(-r["tokens"]//length)
-        print(f"{way:12} {rate('encode'):>18} {rate('encode', 'pack'):>18} {r['tokens']:>10,} {r['rows']:>6,}"
-              f" {fewest:>6,} {kept/(r['rows']*length):>7.2%} {r['tokens']/(fewest*length):>7.2%}"
-              f" {r['lost']:>7,} {r['torn']:>6,}", flush=True)
+        kept, fewest = r["tokens"] - r["lost"], -(-r["tokens"]//length)
+        print(f"{way:12} {rate('encode'):>18} {rate('encode', 'pack'):>18} {r['tokens']:>10,} "
+              f"{r['rows']:>6,} {fewest:>6,} {kept/(r['rows']*length):>7.2%} "
+              f"{r['tokens']/(fewest*length):>7.2%} {r['lost']:>7,} {r['torn']:>6,}", flush=True)
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file", help="alpaca rows, a JSON list")
     parser.add_argument("--vocabulary", default="nano", help="a tiktoken file, or nano (default)")
     parser.add_argument("--peer-python", help="interpreter with trl and datasets")
     parser.add_argument("--lengths", type=int, nargs="+", default=[2048, 8192])
     parser.add_argument("--times", type=int, default=10, help="repeat the file so often (10)")
     parser.add_argument("--repeats", type=int, default=5, help="processes for each way (5)")
-    parser.add_argument("--workers", type=int, default=0, help="ftkit's processes where all cores are used (0)")
+    parser.add_argument("--workers", type=int, default=0,
+                        help="ftkit's processes where all cores are used (0)")
     parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=WAYS)
     parser.add_argument("--cores", nargs="+", default=["one", "all"], choices=["one", "all"])
     for name in ("--way", "--tokenizer"): parser.add_argument(name, help=argparse.SUPPRESS)
-    for name in ("--length", "--processes"): parser.add_argument(name, type=int, help=argparse.SUPPRESS)
+    for name in ("--length", "--processes"):
+        parser.add_argument(name, type=int, help=argparse.SUPPRESS)
     parser.add_argument("--one-core", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.way: return measure(args)
