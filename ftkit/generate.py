@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from fastcore.basics import patch
 from .core import FtkitError, in_notebook, say
-from .data.encode import IGNORE, encode
-from .data.messages import Message
+from .data.encode import encode, encode_prompt
+from .data.messages import Conversation, Message, as_messages, as_tools
 from .models.load import load_model, load_template, load_tokenizer, read_notes
 
 # %% ../nbs/41_generate.ipynb #7b60e73c
@@ -159,11 +159,14 @@ def between_replies(messages,  # A conversation that waits for a reply
                     template,  # A bound `Template`
                     tokenizer
                    )->list:    # Ids: before the first reply, between two, and after the last
-    "The ids of everything in a prompt but the replies."
-    e = encode([*messages, Message("assistant", "")], template, tokenizer)
-    learned = [l != IGNORE for l in e.labels]
+    "The ids of everything in a prompt but what was replied; tokens that end replies are in it."
+    messages,stop = as_messages(messages),template.stop_ids(tokenizer)
+    for m in messages: m.loss = None
+    e = encode(messages.like([*messages, Message("assistant", "")]), template, tokenizer)
+    learned = [l == i for i,l in zip(e.ids, e.labels)]
     edges = [0, *(i for i in range(1, len(learned)) if learned[i] != learned[i-1])]
-    return [e.ids[start:end] for start,end in zip(edges[::2], edges[1::2])]
+    starts = [i - (i > 0 and e.ids[i-1] in stop) for i in edges[::2]]
+    return [e.ids[start:end] for start,end in zip(starts, edges[1::2])]
 
 # %% ../nbs/41_generate.ipynb #f4c39e4b
 class Chat:
@@ -177,24 +180,27 @@ class Chat:
                  top_p:float=0.75,        # Cuts off unlikely tokens
                  max_new_tokens:int=512,  # Longest reply
                  seed:int=0,              # Of the sampling
-                 notify=say               # Called with a sentence when turns had to be dropped
+                 notify=say,              # Called with a sentence when turns had to be dropped
+                 tools=None               # Descriptions of tools that the model may call
                 ):
         self.model,self.tokenizer,self.template,self.system = model,tokenizer,template,system
         self.temperature,self.top_p,self.seed = temperature,top_p,seed
         self.max_new_tokens,self.notify = max_new_tokens,notify
-        self.stop = template.stop_ids(tokenizer)
+        self.stop,self.tools = template.stop_ids(tokenizer),as_tools(tools)
         self.reset()
 
     def reset(self)->None:
         "Forget the conversation; the system message stays."
-        self.messages = [Message("system", self.system)] if self.system else []
-        self.gaps,self.replies = [],[]
+        system = [Message("system", self.system)] if self.system else []
+        self.messages = Conversation(system, self.tools)
+        self.gaps,self.replies,self.whole = [],[],False
 
     @property
     def ids(self)->list: # Prompt and reply of each turn
         "The conversation as the model reads it."
         turns = zip_longest(self.gaps, self.replies, fillvalue=[])
-        return [i for gap,reply in turns for i in gap + reply]
+        ids = [i for gap,reply in turns for i in gap + reply]
+        return ids + self.stop[:1] if self.replies and len(self.replies) == len(self.gaps) else ids
 
 # %% ../nbs/41_generate.ipynb #a5bebe04
 @patch
@@ -212,7 +218,7 @@ def stream(self:Chat,
         if (rest := shown.end()): yield rest
     finally:
         if done or reply:
-            self.replies.append(reply + self.stop[:1])
+            self.replies.append(reply)
             self.messages.append(Message("assistant", shown.text))
         else: self._undo()
 
@@ -225,17 +231,32 @@ def ask(self:Chat, text:str)->str: # The whole reply
 @patch
 def _begin(self:Chat, text):
     "Take the user's message in and make room for a reply."
-    self._before = self.messages[:],self.gaps,self.replies[:]
-    self.messages.append(Message("user", text))
+    self._before = self.messages,self.gaps,self.replies[:],self.whole
+    tools = getattr(self.messages, "tools", self.tools)
+    self.messages = as_messages([*self.messages, Message("user", text)], tools)
     try:
-        self.gaps = between_replies(self.messages, self.template, self.tokenizer)
+        self._fill_gaps()
         self._make_room()
     except FtkitError:
         self._undo()
         raise
 
 @patch
-def _undo(self:Chat): self.messages,self.gaps,self.replies = self._before
+def _undo(self:Chat): self.messages,self.gaps,self.replies,self.whole = self._before
+
+# %% ../nbs/41_generate.ipynb #4ed7fb4b
+@patch
+def _fill_gaps(self:Chat):
+    "Encode what stands between the replies, or everything where that can't be told apart."
+    said = self.messages,self.template,self.tokenizer
+    try: gaps = [] if self.whole else between_replies(*said)
+    except FtkitError: gaps = [] # the template writes earlier replies anew; if not, it fails below
+    self.whole = len(gaps) != len(self.replies) + 1
+    if self.whole:
+        gaps = [*([] for _ in self.replies), encode_prompt(*said)]
+        self.replies = [[] for _ in self.replies]
+    self.gaps = gaps
+
 
 @patch
 def _reply(self:Chat):
@@ -257,7 +278,7 @@ def _make_room(self:Chat):
     while len(self.ids) + room > longest and self.replies:
         first,second = [i for i,m in enumerate(self.messages) if m.role == "user"][:2]
         del self.messages[first:second],self.replies[0]
-        self.gaps = between_replies(self.messages, self.template, self.tokenizer)
+        self._fill_gaps()
         dropped += 1
     _room(self.model, [self.ids], self.max_new_tokens, self.temperature, self.top_p)
     if dropped:

@@ -1,6 +1,7 @@
 "What is served is what was trained: saved folders, read by transformers alone."
 import json
 from itertools import pairwise
+from types import SimpleNamespace
 import pytest
 import torch
 from toys import FAMILIES, family_toy, toy
@@ -10,7 +11,8 @@ from ftkit.convert import merge
 from ftkit.data.encode import encode, encode_prompt
 from ftkit.data.families import template
 from ftkit.data.jinja import JinjaTemplate
-from ftkit.data.messages import Conversation, as_messages
+from ftkit.data.messages import Conversation
+from ftkit.generate import Chat
 from ftkit.lora.inject import LoraConfig, add_lora, lora_layers
 from ftkit.models.load import load_template, load_tokenizer, save_model
 
@@ -160,6 +162,67 @@ def test_merged(name, tmp_path):
     merge(tmp_path/"base", tmp_path/"adapter", tmp_path/"merged")
     theirs, _ = check_served(tmp_path/"merged", t, tokenizer)
     assert theirs.chat_template == t.jinja
+
+
+# --- chat -----------------------------------------------------------------------------------------
+
+class Scripted(torch.nn.Module):
+    "Says what it is told to, id by id, and remembers the prompts that it read."
+    device = "cpu"
+
+    def __init__(self, size, script):
+        super().__init__()
+        self.config = LlamaConfig(num_hidden_layers=1, max_position_embeddings=4096)
+        self.size, self.script, self.prompts = size, script, []
+
+    def forward(self, input_ids, **kwargs):
+        if input_ids.shape[1] > 1: self.prompts.append(input_ids[0].tolist())
+        return SimpleNamespace(logits=torch.eye(self.size)[self.script.pop(0)][None, None])
+
+
+THINKING = CHATML.replace("{{ m.content }}", (
+    "{{ m.content if loop.last else m.content.split('</think>')[-1] }}"))
+
+
+def check_chat(t, tokenizer, replies, tools=None):
+    "Each prompt is that of the training, with earlier replies as they were said."
+    system = "Be brief."
+    try: t.render([dict(role=S, content=system), dict(role=U, content="Hi")])
+    except FtkitError: system = None
+    messages = [dict(role=S, content=system)] if system else []
+    asked, expected, script = ["What colour?", "At night?", "Why?"], [], []
+    for q, reply in zip(asked, replies):
+        messages.append(dict(role=U, content=q))
+        try: expected.append(encode_prompt(Conversation(messages, tools=tools), t, tokenizer))
+        except FtkitError: break                 # one question only
+        messages.append(dict(role=A, content=reply))
+        last = [dict(m, loss=False) if m["role"] == A and m is not messages[-1] else m
+                for m in messages]
+        whole = encode(Conversation(last, tools=tools), t, tokenizer)
+        script.append([l for l in whole.labels if l != -100])
+    model = Scripted(len(tokenizer), sum(script, []))
+    talk = Chat(model, tokenizer, t, system, temperature=0, tools=tools)
+    said = [talk.ask(q) for q in asked[:len(expected)]]
+    assert [x.strip() for x in said] == list(replies[:len(said)]) and not model.script
+    assert model.prompts == expected
+    assert talk.ids == whole.ids[:len(talk.ids)]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_chat_of_every_family(name):
+    tokenizer = family_toy(name, adds_bos=True)
+    t = template(name, tokenizer)
+    check_chat(t, tokenizer, ["Blue.", "Black or so.", "No sun."])
+
+
+def test_a_chat_by_the_tokenizers_own():
+    special = ["<|im_start|>", "<|im_end|>"]
+    for source, tools in (CHATML, None), (THINKING, None), (LISTED + CALLING, LOOK):
+        tokenizer = toy(special, chat_template=source)
+        check_chat(JinjaTemplate(tokenizer), tokenizer, ["Blue.", "Black or so.", "No sun."], tools)
+    tokenizer = toy(special, chat_template=THINKING)
+    check_chat(JinjaTemplate(tokenizer), tokenizer,
+               ["<think>Day.</think>Blue.", "<think>Dark.</think>Black.", "No sun."])
 
 
 # --- LMDeploy -------------------------------------------------------------------------------------
