@@ -168,8 +168,8 @@ BAD = {
     "a list without end": ("x.json", f"[{GOOD}", "in row 1: expecting ','.*cut short"),
     "a comma too many": ("x.json", f"[{GOOD},]", "line 1, column 38: .*comma after the last row"),
     "two lists": ("x.json", '{"a": [], "b": []}', "2 lists and the keys 'a', 'b'"),
-    "columns": ("x.json", '{"text": {"0": "a"}}', "0 lists and the keys 'text'.*orient='records'"),
-    "a list, then more": ("x.json", f"[{GOOD}]\n[{GOOD}]", "x.json, line 2, column 1: .*extra data"),
+    "columns": ("x.json", '{"text": {"0": "a"}}', "0 lists and the keys 'text'.*one a line.*orient='records'"),
+    "a list, then more": ("x.json", f"[{GOOD}]\n[{GOOD}]", "x.json, line 2, column 1: .*extra data.*one JSON"),
     "a row of numbers": ("x.json", "[3]", "x.json, row 1: expected an object .*found int"),
     "a row that is null": ("x.json", "[null]", "x.json, row 1: expected an object .*found null"),
     "null": ("x.jsonl", "null", "x.jsonl, line 1: expected an object, found null"),
@@ -623,7 +623,6 @@ def media_root(tmp_path_factory):
 def test_paths_stay_in_their_folder(media_root, path):
     try: found = media_path(media_root, path)
     except FtkitError: return
-    except (OSError, RuntimeError): assert "loop" in path; return
     assert found.is_relative_to(media_root.resolve()) and found == found.resolve()
 
 
@@ -637,6 +636,7 @@ def test_paths_by_name(media_root):
                        ("", "expected the path"), (None, "expected the path"), ("\0", "expected")):
         with pytest.raises(FtkitError, match=match): media_path(media_root, bad)
     with pytest.raises(FtkitError, match="no folder"): media_path(None, "a.jpg")
+    with pytest.raises(FtkitError, match="expected a path"): source("")
 
 
 def test_it_is_one_type():

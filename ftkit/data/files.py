@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Rows', 'in_words', 'Source', 'source', 'read_rows', 'media_path']
 
-# %% ../../nbs/28_data.files.ipynb #79ad4669
+# %% ../../nbs/28_data.files.ipynb #7fce4192
 import bz2, glob, gzip, hashlib, io, lzma, os, re, shutil, tempfile, zipfile, zlib
 from contextlib import ExitStack, closing, contextmanager
 from functools import partial
@@ -17,7 +17,7 @@ from ..core import FtkitError, need, unknown_name
 from .readers import (check_beginning, holds_lines, read_columns, read_csv, read_json,
                                 read_jsonl, read_text)
 
-# %% ../../nbs/28_data.files.ipynb #bb121fb7
+# %% ../../nbs/28_data.files.ipynb #92031a36
 class Rows(list):
     "A list that knows where its items came from."
     def __init__(self, items=(),
@@ -35,7 +35,7 @@ def in_words(place)->str: # As made by a reader: file and kind of place, number 
     where,n = place
     return str(where) if n is None else f"{where} {n}"
 
-# %% ../../nbs/28_data.files.ipynb #67a58042
+# %% ../../nbs/28_data.files.ipynb #cfd9738f
 _KINDS = {".json": read_json, ".jsonl": read_jsonl, ".ndjson": read_jsonl, ".csv": read_csv,
           ".tsv": read_csv, ".parquet": read_columns, ".arrow": read_columns, ".txt": read_text,
           ".md": read_text}
@@ -53,7 +53,7 @@ def _kind(name):
     kind = rest[-1] if packed else last
     return kind if kind in _KINDS else None, packed
 
-# %% ../../nbs/28_data.files.ipynb #fa38f1a1
+# %% ../../nbs/28_data.files.ipynb #c67e8309
 @contextmanager
 def _opened(open_file, name):
     "A data file, unpacked, from its start."
@@ -79,7 +79,7 @@ def _reader(stream, kind, label):
     if read is read_json and first == b"{" and holds_lines(stream): return read_jsonl
     return read
 
-# %% ../../nbs/28_data.files.ipynb #4fbf4212
+# %% ../../nbs/28_data.files.ipynb #b457c167
 _NOTES = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
 _SPLIT = re.compile(r"(train|test|val|dev|eval)(?:ing|id|idation|uation)?(?![a-z])", re.I)
 
@@ -107,7 +107,7 @@ def _data_names(names, where, what="folder"):
                          "folder/train*.jsonl")
     return names
 
-# %% ../../nbs/28_data.files.ipynb #43749149
+# %% ../../nbs/28_data.files.ipynb #7c684495
 def _find(path):
     "Folder of a path that was given, and the data files that it stands for."
     text = os.path.expanduser(str(path))
@@ -142,7 +142,7 @@ def _known(path):
                      where=path, fix="Save it as JSON lines, for example with pandas: "
                      "frame.to_json(path, orient='records', lines=True)")
 
-# %% ../../nbs/28_data.files.ipynb #c6df3c17
+# %% ../../nbs/28_data.files.ipynb #3165ce58
 def _members(path):
     "Name, label and opener of the file, or of each data file in a zip archive."
     if path.suffix.lower() != ".zip":
@@ -170,7 +170,7 @@ def _file_rows(path):
         raise FtkitError(f"cannot be unpacked: {e}", where=label, fix="Copy it again") from e
     except OSError as e: raise FtkitError(f"cannot be read: {e.strerror or e}", where=label) from e
 
-# %% ../../nbs/28_data.files.ipynb #8560d53d
+# %% ../../nbs/28_data.files.ipynb #04d5d5db
 def _builtin(name):
     kind,_,part = name.partition("/")
     if kind == "colors" and part in ("", "all", "train", "test"):
@@ -186,7 +186,7 @@ def _builtin(name):
                        ["colors/train", "colors/test", "colors/all", "nano_text",
                         "nano_text/1000", "small_talk"])
 
-# %% ../../nbs/28_data.files.ipynb #0d3bb598
+# %% ../../nbs/28_data.files.ipynb #9f8737cf
 _HUB = re.compile(r"hub:([^:@]+)(?::([^@]+))?(?:@(.+))?")
 
 def _hub(path, streaming=False):
@@ -214,7 +214,7 @@ def _hub_rows(path, streaming):
     with _hub_errors(path):
         for n,row in enumerate(_hub(path, streaming), 1): yield dict(row),(f"{path}, row", n)
 
-# %% ../../nbs/28_data.files.ipynb #ba5771d7
+# %% ../../nbs/28_data.files.ipynb #4dc17d51
 class Source:
     "Rows with their places, read anew each time it is iterated, one at a time."
     def __init__(self,
@@ -223,6 +223,7 @@ class Source:
         self.name,self.skip_bad_rows,self.bad = str(path),skip_bad_rows,[]
         self.root,self.files = None,[]  # folder in which paths in the data are looked for
         if self.name.startswith(("builtin:", "hub:")): return
+        if not self.name: raise FtkitError("expected a path, found an empty text", where="path")
         try: self.root,self.files = _find(path)
         except OSError as e:
             raise FtkitError(f"cannot be read: {e.strerror}", where=self.name) from e
@@ -239,7 +240,7 @@ class Source:
             for row,place in islice(found, n): out.append(row); out.places.append(place)
         return out
 
-# %% ../../nbs/28_data.files.ipynb #fc970a70
+# %% ../../nbs/28_data.files.ipynb #323d915a
 @patch
 def _found(self:Source, streaming):
     "Rows and places, good and bad."
@@ -272,7 +273,7 @@ def _refuse(self:Source, row, place):
     row.__cause__ = row.__context__ = row.__traceback__ = None  # they hold the text of the row
     self.bad.append(row)
 
-# %% ../../nbs/28_data.files.ipynb #5d8884eb
+# %% ../../nbs/28_data.files.ipynb #de3c07eb
 def source(path,                     # File, folder, pattern, builtin:… or hub:…
            skip_bad_rows:bool=False, # Leave out what can't be read; `.bad` collects the errors
           )->Source:
@@ -292,7 +293,7 @@ def read_rows(path,                     # As for `source`
     out.skipped = len(made.bad)
     return out
 
-# %% ../../nbs/28_data.files.ipynb #b5c3f8f2
+# %% ../../nbs/28_data.files.ipynb #0274e95a
 LARGE = 2**30  # Bytes from which a file is known by samples
 
 def _digest(path):
@@ -309,7 +310,7 @@ def _digest(path):
             seen.update(f.read(2**16))
     return seen.digest()
 
-# %% ../../nbs/28_data.files.ipynb #1e2a2781
+# %% ../../nbs/28_data.files.ipynb #15db01b4
 @patch
 def fingerprint(self:Source)->str:
     "A hash of the content of all files in order; of the version, for data that has no file."
@@ -322,7 +323,7 @@ def fingerprint(self:Source)->str:
             raise FtkitError(f"cannot be read: {e.strerror}", where=file) from e
     return seen.hexdigest()[:32]
 
-# %% ../../nbs/28_data.files.ipynb #50a81504
+# %% ../../nbs/28_data.files.ipynb #7bf933c1
 def media_path(root,     # Folder of the data, `Source.root`
                path:str  # What a row says
               )->Path:   # Real path, which need not exist
@@ -337,7 +338,9 @@ def media_path(root,     # Folder of the data, `Source.root`
     elif ".." in PureWindowsPath(path).parts: problem = "has '..' in it"
     else:
         root = Path(root).resolve()
-        found = (root/path).resolve()
+        try: found = (root/path).resolve()
+        except (OSError, RuntimeError) as e:    # links in a circle; a name that is too long
+            raise FtkitError(f"the path {path!r} leads nowhere: {e}") from e
         if not found.is_relative_to(root): problem = "is a link that leaves it"
     if problem is None: return found
     raise FtkitError(f"the path {path!r} {problem}; files have to lie in the folder of the data",

@@ -5,21 +5,21 @@
 # %% auto #0
 __all__ = ['LONGEST', 'read_jsonl', 'read_json', 'holds_lines', 'read_csv', 'read_text', 'read_columns', 'check_beginning']
 
-# %% ../../nbs/19_data.readers.ipynb #d9035a31
+# %% ../../nbs/19_data.readers.ipynb #cef16111
 import csv, io, json, re
 from functools import partial
 from itertools import chain
 from fastcore.basics import patch
 from ..core import FtkitError, need
 
-# %% ../../nbs/19_data.readers.ipynb #ff28b24b
+# %% ../../nbs/19_data.readers.ipynb #5965b2b9
 def _error(problem, label, n, fix=None, kind="line"):
     return FtkitError(problem, where=f"{label}, {kind} {n}", fix=fix)
 
 _UTF8 = "Save the file as UTF-8; other encodings, such as Latin-1 or GBK, can't be told apart"
 _CUT = "The file ends in the middle of it: it was cut short while it was written or copied"
 
-# %% ../../nbs/19_data.readers.ipynb #979a23b2
+# %% ../../nbs/19_data.readers.ipynb #29be62d8
 _HALF = re.compile("[\ud800-\udfff]")           # halves; 0xdc00 + byte is a byte in disguise
 _ESCAPED = re.compile(r"\\u[dD][89a-fA-F]")     # a half, or a whole emoji, as JSON escapes it
 
@@ -48,7 +48,7 @@ def _check_text(row):
             else: problem = f"the byte 0x{code - 0xdc00:02x}: not UTF-8 text"
             raise FtkitError(f"the column {path!r} holds {problem}", fix=_UTF8)
 
-# %% ../../nbs/19_data.readers.ipynb #4a16d7a8
+# %% ../../nbs/19_data.readers.ipynb #5ec4633b
 class _Decoder:
     "Parses one JSON value at a time, strictly."
     def __init__(self):
@@ -77,7 +77,7 @@ def _odd_error(odd, text, start):
     name = f"the column {column[1]!r} holds" if column else "there is a"
     return FtkitError(f"{name} {odd}, which is not JSON", fix="Write null for what is missing")
 
-# %% ../../nbs/19_data.readers.ipynb #e0944aba
+# %% ../../nbs/19_data.readers.ipynb #cd0c6ca7
 def _is_cut(e):
     "Whether the text ends where the parser wanted more."
     rest = e.doc[e.pos:].rstrip(" \t\r\n")
@@ -95,12 +95,13 @@ def _json_error(e, label, line, column, cut=False, n=None):
     elif "\udc80" <= found <= "\udcff":
         problem,fix = f"not UTF-8 text{row}: the byte 0x{ord(found) - 0xdc00:02x}",_UTF8
     elif cut and _is_cut(e): fix = _CUT
+    elif e.msg == "Extra data": fix = "A line, or else the whole file, is one JSON value"
     elif found == "'": fix = "Texts stand in double quotes; json.dumps writes them so"
     elif found == "]" and e.msg.startswith("Expecting value"):
         fix = "Remove the comma after the last row"
     return FtkitError(problem, where=f"{label}, line {line}, column {column}", fix=fix)
 
-# %% ../../nbs/19_data.readers.ipynb #e2c055ae
+# %% ../../nbs/19_data.readers.ipynb #396165e9
 def _row_of(line, decoder, label, n):
     "The row in a line; None if the line is blank."
     try:
@@ -121,7 +122,7 @@ def _row_of(line, decoder, label, n):
     except ValueError as e: raise _error(f"not valid JSON: {e}", label, n) from e
     except FtkitError as e: raise _error(e.problem, label, n, e.fix) from e
 
-# %% ../../nbs/19_data.readers.ipynb #d4c022d0
+# %% ../../nbs/19_data.readers.ipynb #a48da399
 LONGEST = 2**30  # Bytes of a line, characters of a row
 
 def read_jsonl(stream, # Binary file, from its start
@@ -137,7 +138,7 @@ def read_jsonl(stream, # Binary file, from its start
 
 _LONG = "Is it really one row a line? Cut long documents into several rows"
 
-# %% ../../nbs/19_data.readers.ipynb #340de8d9
+# %% ../../nbs/19_data.readers.ipynb #2760de3c
 class _Scan:
     "A JSON text, parsed value by value."
     def __init__(self, stream, label, size):
@@ -162,7 +163,7 @@ class _Scan:
         column = at - before if before >= 0 else self.column + at
         return self.line + self.text.count("\n", 0, at), column
 
-# %% ../../nbs/19_data.readers.ipynb #cccdbccf
+# %% ../../nbs/19_data.readers.ipynb #84b2eef4
 @patch
 def peek(self:_Scan):
     "The next character that is not blank; '' at the end."
@@ -191,7 +192,7 @@ def value(self:_Scan):
         except RecursionError as e: raise self.fail(e, "nested too deeply") from e
         except ValueError as e: raise self.fail(e, f"not valid JSON: {e}") from e
 
-# %% ../../nbs/19_data.readers.ipynb #918c30bc
+# %% ../../nbs/19_data.readers.ipynb #17d844a1
 @patch
 def fail(self:_Scan, e, problem=None):
     "The error to raise: where the parser stopped, and why."
@@ -200,7 +201,7 @@ def fail(self:_Scan, e, problem=None):
         return FtkitError(problem, where=f"{self.label}, line {line}, column {column}")
     return _json_error(e, self.label, *self.place(e.pos), self.ended, self.row)
 
-# %% ../../nbs/19_data.readers.ipynb #404f7687
+# %% ../../nbs/19_data.readers.ipynb #37431267
 @patch
 def items(self:_Scan):
     "Rows and places of the list that begins here."
@@ -225,7 +226,7 @@ def expect(self:_Scan, found, char):
         raise self.fail(json.JSONDecodeError(f"Expecting {char!r}", self.text, self.at))
     self.at += 1
 
-# %% ../../nbs/19_data.readers.ipynb #96ae4224
+# %% ../../nbs/19_data.readers.ipynb #f33be996
 @patch
 def wrapped(self:_Scan):
     "Rows and places of the one list in the object that begins here."
@@ -246,9 +247,10 @@ def wrapped(self:_Scan):
     if lists != 1:
         raise FtkitError("expected a list of rows, or an object with one list; found an object "
                          f"with {lists} lists and the keys {', '.join(map(repr, keys[:8]))}",
-                         where=self.label, fix="With pandas: frame.to_json(path, orient='records')")
+                         where=self.label, fix="Rows that follow each other belong in a .jsonl "
+                         "file, one a line; pandas writes a list with orient='records'")
 
-# %% ../../nbs/19_data.readers.ipynb #8c143902
+# %% ../../nbs/19_data.readers.ipynb #503126a7
 def read_json(stream,      # Binary file, from its start
               label,       # Name of the file, for places and errors
               size=2**18): # Characters to read at once
@@ -270,7 +272,7 @@ def holds_lines(stream)->bool:
     except (ValueError, RecursionError): return False
     return isinstance(row, dict) and any(l.strip() for l in lines)
 
-# %% ../../nbs/19_data.readers.ipynb #5105d16e
+# %% ../../nbs/19_data.readers.ipynb #8c1b7c92
 def _table_lines(file):
     "The lines of a table, NUL in disguise too."
     for line in iter(partial(file.readline, LONGEST), ""):
@@ -302,7 +304,7 @@ def _cells(cells, names, label, line):
     except FtkitError as e: return _error(e.problem, label, line, e.fix)
     return row
 
-# %% ../../nbs/19_data.readers.ipynb #9a6855b1
+# %% ../../nbs/19_data.readers.ipynb #f1ea4794
 def read_csv(stream, # Binary file, from its start
              label): # Name of the file, for places and errors
     "Rows and places of a table with a header; an error in the place of a bad row."
@@ -335,7 +337,7 @@ def _table_error(e, label, n, last=0):
     return _error(f"not a row of a table: {e}", label, f"{n}{to}",
                   "Quote the whole cell, and write quotes inside of it twice")
 
-# %% ../../nbs/19_data.readers.ipynb #aca07098
+# %% ../../nbs/19_data.readers.ipynb #dbf3e561
 def read_text(stream,       # Binary file, from its start
               label,        # Name of the file, for places and errors
               part=2**20):  # Most characters in one row
@@ -367,7 +369,7 @@ def _not_text(text, label, line):
     if not found: return _error("a NUL byte: the file is damaged, or no text", label, line)
     return _error(f"not UTF-8 text: the byte 0x{found:02x}", label, line, _UTF8)
 
-# %% ../../nbs/19_data.readers.ipynb #0cd9bd1c
+# %% ../../nbs/19_data.readers.ipynb #e24381c2
 def _batches(stream, label):
     "The batches of rows in a Parquet or Arrow file, and how many rows it promises."
     start = stream.read(8)
@@ -387,7 +389,7 @@ def _batches(stream, label):
     file = ipc.open_stream(stream)
     return file.schema,file,None
 
-# %% ../../nbs/19_data.readers.ipynb #fe93dacd
+# %% ../../nbs/19_data.readers.ipynb #f9046983
 def read_columns(stream, # Binary file that can seek
                  label): # Name of the file, for places and errors
     "Rows and places of a Parquet or Arrow file."
@@ -417,7 +419,7 @@ def _batch_rows(batch, label, before):
         return [row for i,p in enumerate(parts) for row in _batch_rows(p, label, before + i)]
     return batch.to_pylist()
 
-# %% ../../nbs/19_data.readers.ipynb #fa2dc714
+# %% ../../nbs/19_data.readers.ipynb #ae57111c
 _BEGINNINGS = {
     b"\xff\xfe": "UTF-16 text", b"\xfe\xff": "UTF-16 text", b"\x1f\x8b": "a gzip file",
     b"PK\x03\x04": "a zip file", b"BZh": "a bzip2 file", b"\xfd7zXZ": "an xz file",
@@ -427,7 +429,7 @@ _BEGINNINGS = {
     b"\x80\x04": "a pickle", b"version https://git-lfs": "a pointer of Git LFS, not the data",
     b"<!doctype html": "a web page", b"<html": "a web page"}
 
-# %% ../../nbs/19_data.readers.ipynb #7e752213
+# %% ../../nbs/19_data.readers.ipynb #03ebf9c5
 def check_beginning(start,  # First bytes of a file that should be text
                     label): # Name of the file
     "Raise if the first bytes show that the file is not what its name says."
