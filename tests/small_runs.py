@@ -40,14 +40,14 @@ def batch(rows): return collate(rows, 0)
 
 
 def tiny_trainer(work_dir=None, rows=None, model=None, callbacks=(), eval_rows=None, lr=1e-2,
-                 dropout=0.0, save="model", **cfg):
+                 dropout=0.0, save="model", lengths=None, **cfg):
     model = model or tiny_model(dropout)
     if save == "model": save = lambda folder: save_file(
         {k: v.contiguous() for k, v in model.state_dict().items()}, folder/"model.safetensors")
     cfg = TrainConfig(**{"batch_size": 2, "epochs": 2, "precision": "fp32", **cfg})
     rows = tiny_rows() if rows is None else rows
     return Trainer(model, SupervisedTuning(), rows, cfg, OptimConfig(lr=lr, weight_decay=0.1),
-                   batch, eval_rows, callbacks, work_dir, save)
+                   batch, eval_rows, callbacks, work_dir, save, lengths)
 
 
 def untimed(history):

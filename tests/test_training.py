@@ -1,11 +1,12 @@
 "The loop on real (tiny) language models: normalisation, precision, bad input."
 import math, subprocess, sys
 
+import numpy as np
 import pytest, torch
 from torch.testing import assert_close
 
 from ftkit.core import FtkitError
-from ftkit.data.packing import Row, make_rows
+from ftkit.data.packing import Row, make_row, make_rows
 from ftkit.data.encode import Encoded
 from ftkit.lora.inject import LoraConfig, add_lora
 from ftkit.sft import PreTraining, SupervisedTuning
@@ -57,6 +58,55 @@ def test_gradient_is_that_of_the_token_mean():
     norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()]).item()/count
     expected = [p.grad/count*min(1, 1/(norm + 1e-6)) for p in model.parameters()]
     assert_close(first_gradients(batch_size=2, accumulate=4), expected, rtol=1e-4, atol=1e-6)
+
+
+def weighted_rows(n=8):
+    "Rows of one and two samples, some of which count more."
+    samples = [Encoded(r.ids, r.labels, weight=(1., 3., .5)[i % 3])
+               for i, r in enumerate(tiny_rows(n + n//2))]
+    return [make_row(samples[i:i + 1 + i % 2]) for i in range(n)]
+
+
+def test_weights_of_samples_are_exact():
+    "Σ w·ce / Σ w over the whole step, however it is divided into batches."
+    rows, model, total, count = weighted_rows(), tiny_model(), 0., 0.
+    for row in rows:
+        weights = np.ones(len(row)) if row.weights is None else row.weights
+        for a, b in zip(row.starts, row.starts[1:]):
+            ids = torch.tensor(row.ids[a:b]).long()
+            logp = model(input_ids=ids[None]).logits[0].log_softmax(-1)
+            for i in range(1, b - a):
+                if row.labels[a + i] == -100: continue
+                total -= weights[a + i]*logp[i - 1, ids[i]]
+                count += weights[a + i]
+    (total/count).backward()
+    norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()]).item()
+    expected = [p.grad*min(1, 1/(norm + 1e-6)) for p in model.parameters()]
+    for size, times in (8, 1), (2, 4), (1, 8):
+        kept, cfg = Gradients(), dict(batch_size=size, accumulate=times, max_steps=1)
+        run = tiny_trainer(rows=rows, callbacks=[kept], **cfg).fit()
+        assert_close(kept.found, expected, rtol=1e-4, atol=1e-6)
+        assert run.curve("train")[1][0] == pytest.approx((total/count).item(), rel=1e-5)
+
+
+def test_rows_of_like_length_come_once_and_resume_exactly(tmp_path):
+    rows = tiny_rows(23)
+    lengths = [len(r.ids) for r in rows]
+    def trainer(folder, steps):
+        return tiny_trainer(rows=rows, lengths=lengths, batch_size=3, max_steps=steps,
+                            work_dir=folder, save_every=5)
+    whole = trainer(tmp_path/"a", 12)
+    plan = whole.plan
+    first = [i for step in range(plan.per_epoch) for batch, _ in plan.step(step) for i in batch]
+    assert sorted(first) == list(range(23)) and lengths[first[0]] == max(lengths)
+    whole.fit()
+    class Stop(Callback):
+        def after_step(self, trainer): trainer.should_stop = trainer.step == 7
+    tiny_trainer(rows=rows, lengths=lengths, batch_size=3, max_steps=12, save_every=5,
+                 work_dir=tmp_path/"b", callbacks=[Stop()]).fit()
+    again = trainer(tmp_path/"b", 12)
+    again.fit(resume="auto")
+    assert_close(weights(again.model), weights(whole.model), rtol=0, atol=0)
 
 
 def test_losses_of_the_history_do_not_depend_on_the_batches():

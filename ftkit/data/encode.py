@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['EncodeReport', 'encode', 'encode_prompt', 'encode_batches', 'encode_stream', 'encode_all']
 
-# %% ../../nbs/32_data.encode.ipynb #c39fb5d6
+# %% ../../nbs/32_data.encode.ipynb #f3650d17
 import gc, sys
 from bisect import bisect_left
 from contextlib import contextmanager
@@ -18,7 +18,7 @@ from .templates import Rendered, Template
 from .tokens import IGNORE, LEARNED, ROLE_NAMES, Encoded, EncodedBatch, encoder
 from ..workers import cpus, in_order, portable
 
-# %% ../../nbs/32_data.encode.ipynb #309808b1
+# %% ../../nbs/32_data.encode.ipynb #58d40cff
 def _runs(r:Rendered, pieces:tuple)->list:
     "First and last token of each learned reply, with the token that ends it."
     characters,tokens = pieces
@@ -44,14 +44,14 @@ def _whole(ids, start, stop, tokenizer):
         if not tokenizer.decode(ids[start:k]).endswith("\ufffd"): return k
     return stop if stop - 4 >= start else 0         # so this text really holds that sign
 
-# %% ../../nbs/32_data.encode.ipynb #80d10543
+# %% ../../nbs/32_data.encode.ipynb #120ea461
 def _windows(n:int, max_length:int, context:int)->list:
     "Parts of about equal length, each beginning with the end of the one before: first, last place."
     parts = -(-(n - context)//(max_length - context))
     cuts = [round(k*(n - context)/parts) for k in range(parts + 1)]
     return [(a, b + context) for a,b in zip(cuts, cuts[1:])]
 
-# %% ../../nbs/32_data.encode.ipynb #3fe593ee
+# %% ../../nbs/32_data.encode.ipynb #aa619ab9
 @dataclass
 class EncodeReport:
     "What became of the rows of a data set."
@@ -71,7 +71,7 @@ class EncodeReport:
         for f in fields(self): setattr(self, f.name, getattr(self, f.name) + getattr(other, f.name))
         return self
 
-# %% ../../nbs/32_data.encode.ipynb #efaf3d66
+# %% ../../nbs/32_data.encode.ipynb #64bf62c7
 _CHOICES = dict(on_masked=("error", "drop"), long=("truncate", "split", "drop"),
                 learn=("all", "last"))
 
@@ -104,7 +104,7 @@ class _Job:
                 setattr(r, name, [x for x in getattr(r, name) if x[0] >= begin])
         return r
 
-# %% ../../nbs/32_data.encode.ipynb #d4aab0d3
+# %% ../../nbs/32_data.encode.ipynb #64344e43
 @patch
 def parts(self:_Job, r:Rendered, ids:list, runs:list, report:EncodeReport)->list:
     "For each sample that one row becomes: the places of its tokens, and how many are repeated."
@@ -119,7 +119,7 @@ def parts(self:_Job, r:Rendered, ids:list, runs:list, report:EncodeReport)->list
     if self.long == "drop": report.overlong += 1; return []
     return [(_fit(ids, runs, self.max_length, self.tokenizer), 0)]
 
-# %% ../../nbs/32_data.encode.ipynb #81cecdd4
+# %% ../../nbs/32_data.encode.ipynb #5857d6bf
 def _why_masked(r:Rendered, runs:list, max_length, weight)->FtkitError:
     if not weight: problem,fix = "its weight is 0",None
     elif not r.replies: problem,fix = "there is no reply to learn from",None
@@ -138,7 +138,7 @@ def _placed(e:FtkitError, place)->FtkitError:
     at = place[0] if place[1] is None else f"{place[0]} {place[1]}"
     return FtkitError(e.problem, where=at if e.where is None else f"{at} ({e.where})", fix=e.fix)
 
-# %% ../../nbs/32_data.encode.ipynb #7767721e
+# %% ../../nbs/32_data.encode.ipynb #5a8493aa
 @patch
 def settle(self:_Job, out:EncodedBatch, pieces, rendered:list, places:list, report:EncodeReport):
     "What is trained on, in place of what was encoded."
@@ -162,14 +162,14 @@ def settle(self:_Job, out:EncodedBatch, pieces, rendered:list, places:list, repo
             continue
         report.unlearned += sum(len(p[0]) for p in found) - sum(len(p[0]) for p in teaching)
         if len(teaching[0][0]) < b - a and len(parts) == 1:
-            lost = int(learned[i]) > np.count_nonzero(teaching[0][1][1:] != IGNORE)
+            lost = int(learned[i] > np.count_nonzero(teaching[0][1][1:] != IGNORE))
             report.truncated += lost
             report.cut_tokens += lost*(b - a - len(teaching[0][0]))
         chosen += teaching
         source += [i]*len(teaching)
     return _taken(out, chosen, source)
 
-# %% ../../nbs/32_data.encode.ipynb #9761e898
+# %% ../../nbs/32_data.encode.ipynb #e0da5881
 def _part(labels, begin:int, places, repeated:int)->tuple:
     "Places and labels of one part, the repeated tokens not learned."
     places = np.fromiter(places, np.int64, len(places)) + begin
@@ -189,7 +189,7 @@ def _taken(out:EncodedBatch, chosen:list, source:list)->EncodedBatch:
     return EncodedBatch(ids, roles | is_learned.astype(np.uint8)*LEARNED, offsets, source,
                         out.weights[source], list(zip(other.tolist(), labels[other].tolist())))
 
-# %% ../../nbs/32_data.encode.ipynb #810be590
+# %% ../../nbs/32_data.encode.ipynb #3a421316
 @contextmanager
 def _no_search():
     was = gc.isenabled()
@@ -215,7 +215,7 @@ def __call__(self:_Job, group:tuple)->tuple:
     out.source = out.source + first
     return out,report
 
-# %% ../../nbs/32_data.encode.ipynb #fbb7e30f
+# %% ../../nbs/32_data.encode.ipynb #011fb719
 def encode(messages,            # `Message`s or dictionaries
            template:Template,
            tokenizer,
@@ -232,7 +232,7 @@ def encode_prompt(messages, template:Template, tokenizer)->list:
     t = template.bind(tokenizer)
     return encoder(t, tokenizer)([t.render(messages, add_generation_prompt=True)])[0].ids.tolist()
 
-# %% ../../nbs/32_data.encode.ipynb #767a500f
+# %% ../../nbs/32_data.encode.ipynb #96b294de
 def _groups(samples, rows=512, characters=2_000_000):
     "Number of the first, conversations and places of each group; then the source's error, if any."
     group,size,first,failed = [],0,0,None
@@ -259,7 +259,7 @@ def _done(job, groups, workers):
         with _no_search(): out = job(group)
         yield out
 
-# %% ../../nbs/32_data.encode.ipynb #784676c3
+# %% ../../nbs/32_data.encode.ipynb #ef7e2d16
 @contextmanager
 def _bar(total, show):
     "A function that moves a bar in the terminal on by some rows."
@@ -272,7 +272,7 @@ def _bar(total, show):
         task = progress.add_task("Encoding", total=total)
         yield lambda rows: progress.advance(task, rows)
 
-# %% ../../nbs/32_data.encode.ipynb #c1a155c8
+# %% ../../nbs/32_data.encode.ipynb #070337d2
 def encode_batches(samples,             # Pairs: conversation; its place, as (file and kind, number)
                    template:Template, tokenizer,
                    max_length:int=None, # Tokens in a sample; None for no limit
@@ -296,7 +296,7 @@ def encode_batches(samples,             # Pairs: conversation; its place, as (fi
                 yield out
     return batches()
 
-# %% ../../nbs/32_data.encode.ipynb #d7763ac7
+# %% ../../nbs/32_data.encode.ipynb #e071c91a
 def encode_stream(samples, template:Template, tokenizer, max_length:int=None,
                   **options # Of `encode_batches`
                  ):         # Iterator over pairs: `Encoded`, number of its row
