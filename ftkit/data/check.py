@@ -393,14 +393,17 @@ def _html_cell(text):
 def _repr_html_(self:DataReport)->str:
     out = []
     for title,head,rows in self.tables():
-        side = "right" if head else "left"
-        def cells(row, kind):
-            return "".join(f'<{kind} style="text-align:{side};padding:1px 10px">'
-                           f"{_html_cell(c)}</{kind}>" for c in row)
-        body = "".join(f"<tr>{cells(r, 'td')}</tr>" for r in rows)
-        top = f"<tr>{cells(head, 'th')}</tr>" if head else ""
+        cells,side = [],"right" if head else "left"
+        style = f'style="text-align:{side};vertical-align:top;padding:1px 10px"'
+        for row in [*([head] if head else []), *rows]:
+            kind = "th" if row is head else "td"
+            if row[0]: cells.append([f"<{kind} {style}>{_html_cell(c)}</{kind}>" for c in row])
+            else: # goes on with the row before
+                more = f'<div style="opacity:.7">{_html_cell(row[1])}</div></td>'
+                cells[-1][-1] = cells[-1][-1].removesuffix("</td>") + more
+        table = "".join(f"<tr>{''.join(row)}</tr>" for row in cells)
         out.append(f'<div style="font-weight:600;margin-top:.8em">{escape(title)}</div>'
-                   f'<table style="margin:0">{top}{body}</table>')
+                   f'<table style="margin:0">{table}</table>')
     return f"<div>{''.join(out)}</div>"
 
 # %% ../../nbs/42_data.check.ipynb #e6165f94
