@@ -251,6 +251,7 @@ def test_what_is_odd_and_still_data(tmp_path):
             ("c.csv", ",text\n0,a\n1,b\n", [{"text": "a"}, {"text": "b"}]),
             ("d.csv", "\ufeff\r\na ;b\r\n;\r\n;x\r\n", [{"b": "x"}]),
             ("e.txt", "\ufeffa\r\nb", [{"text": "a\nb"}]),
+            ("page.txt", "<html>", [{"text": "<html>"}]),
             ("f.json", '\ufeff {"a": 1}\n\n {"a": 2}\n', [{"a": 1}, {"a": 2}]),
             ("g.json", '{"data": [{"a": [1]}]}', [{"a": [1]}]),
             ("h.jsonl", f'\n [{GOOD}]', [json.loads(GOOD)])):

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Rows', 'in_words', 'Source', 'source', 'read_rows', 'media_path']
 
-# %% ../../nbs/28_data.files.ipynb #7fce4192
+# %% ../../nbs/28_data.files.ipynb #6b4f8623
 import bz2, glob, gzip, hashlib, io, lzma, os, re, shutil, tempfile, zipfile, zlib
 from contextlib import ExitStack, closing, contextmanager
 from functools import partial
@@ -17,7 +17,7 @@ from ..core import FtkitError, need, unknown_name
 from .readers import (check_beginning, holds_lines, read_columns, read_csv, read_json,
                                 read_jsonl, read_text)
 
-# %% ../../nbs/28_data.files.ipynb #92031a36
+# %% ../../nbs/28_data.files.ipynb #765ad820
 class Rows(list):
     "A list that knows where its items came from."
     def __init__(self, items=(),
@@ -35,7 +35,7 @@ def in_words(place)->str: # As made by a reader: file and kind of place, number 
     where,n = place
     return str(where) if n is None else f"{where} {n}"
 
-# %% ../../nbs/28_data.files.ipynb #cfd9738f
+# %% ../../nbs/28_data.files.ipynb #6b5eda45
 _KINDS = {".json": read_json, ".jsonl": read_jsonl, ".ndjson": read_jsonl, ".csv": read_csv,
           ".tsv": read_csv, ".parquet": read_columns, ".arrow": read_columns, ".txt": read_text,
           ".md": read_text}
@@ -53,7 +53,7 @@ def _kind(name):
     kind = rest[-1] if packed else last
     return kind if kind in _KINDS else None, packed
 
-# %% ../../nbs/28_data.files.ipynb #c67e8309
+# %% ../../nbs/28_data.files.ipynb #ef671cb1
 @contextmanager
 def _opened(open_file, name):
     "A data file, unpacked, from its start."
@@ -73,13 +73,13 @@ def _reader(stream, kind, label):
     read = _KINDS[kind]
     if read is read_columns: return read
     start = stream.peek(2**10)
-    check_beginning(start[:64], label)
+    if read is not read_text or start[:1] != b"<": check_beginning(start[:64], label)
     first = start.lstrip(b" \t\r\n\xef\xbb\xbf")[:1]
     if read is read_jsonl and first == b"[": return read_json
     if read is read_json and first == b"{" and holds_lines(stream): return read_jsonl
     return read
 
-# %% ../../nbs/28_data.files.ipynb #b457c167
+# %% ../../nbs/28_data.files.ipynb #984a5745
 _NOTES = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
 _SPLIT = re.compile(r"(train|test|val|dev|eval)(?:ing|id|idation|uation)?(?![a-z])", re.I)
 
@@ -107,7 +107,7 @@ def _data_names(names, where, what="folder"):
                          "folder/train*.jsonl")
     return names
 
-# %% ../../nbs/28_data.files.ipynb #7c684495
+# %% ../../nbs/28_data.files.ipynb #894cbd5d
 def _find(path):
     "Folder of a path that was given, and the data files that it stands for."
     text = os.path.expanduser(str(path))
@@ -142,7 +142,7 @@ def _known(path):
                      where=path, fix="Save it as JSON lines, for example with pandas: "
                      "frame.to_json(path, orient='records', lines=True)")
 
-# %% ../../nbs/28_data.files.ipynb #3165ce58
+# %% ../../nbs/28_data.files.ipynb #14eef0f5
 def _members(path):
     "Name, label and opener of the file, or of each data file in a zip archive."
     if path.suffix.lower() != ".zip":
@@ -170,7 +170,7 @@ def _file_rows(path):
         raise FtkitError(f"cannot be unpacked: {e}", where=label, fix="Copy it again") from e
     except OSError as e: raise FtkitError(f"cannot be read: {e.strerror or e}", where=label) from e
 
-# %% ../../nbs/28_data.files.ipynb #04d5d5db
+# %% ../../nbs/28_data.files.ipynb #b31a185b
 def _builtin(name):
     kind,_,part = name.partition("/")
     if kind == "colors" and part in ("", "all", "train", "test"):
@@ -186,7 +186,7 @@ def _builtin(name):
                        ["colors/train", "colors/test", "colors/all", "nano_text",
                         "nano_text/1000", "small_talk"])
 
-# %% ../../nbs/28_data.files.ipynb #9f8737cf
+# %% ../../nbs/28_data.files.ipynb #6a6a7dbf
 _HUB = re.compile(r"hub:([^:@]+)(?::([^@]+))?(?:@(.+))?")
 
 def _hub(path, streaming=False):
@@ -214,7 +214,7 @@ def _hub_rows(path, streaming):
     with _hub_errors(path):
         for n,row in enumerate(_hub(path, streaming), 1): yield dict(row),(f"{path}, row", n)
 
-# %% ../../nbs/28_data.files.ipynb #4dc17d51
+# %% ../../nbs/28_data.files.ipynb #acaf8612
 class Source:
     "Rows with their places, read anew each time it is iterated, one at a time."
     def __init__(self,
@@ -240,7 +240,7 @@ class Source:
             for row,place in islice(found, n): out.append(row); out.places.append(place)
         return out
 
-# %% ../../nbs/28_data.files.ipynb #323d915a
+# %% ../../nbs/28_data.files.ipynb #4cdb7cce
 @patch
 def _found(self:Source, streaming):
     "Rows and places, good and bad."
@@ -273,7 +273,7 @@ def _refuse(self:Source, row, place):
     row.__cause__ = row.__context__ = row.__traceback__ = None  # they hold the text of the row
     self.bad.append(row)
 
-# %% ../../nbs/28_data.files.ipynb #de3c07eb
+# %% ../../nbs/28_data.files.ipynb #3a1458c0
 def source(path,                     # File, folder, pattern, builtin:… or hub:…
            skip_bad_rows:bool=False, # Leave out what can't be read; `.bad` collects the errors
           )->Source:
@@ -293,7 +293,7 @@ def read_rows(path,                     # As for `source`
     out.skipped = len(made.bad)
     return out
 
-# %% ../../nbs/28_data.files.ipynb #0274e95a
+# %% ../../nbs/28_data.files.ipynb #e426d582
 LARGE = 2**30  # Bytes from which a file is known by samples
 
 def _digest(path):
@@ -310,7 +310,7 @@ def _digest(path):
             seen.update(f.read(2**16))
     return seen.digest()
 
-# %% ../../nbs/28_data.files.ipynb #15db01b4
+# %% ../../nbs/28_data.files.ipynb #73e32d68
 @patch
 def fingerprint(self:Source)->str:
     "A hash of the content of all files in order; of the version, for data that has no file."
@@ -323,7 +323,7 @@ def fingerprint(self:Source)->str:
             raise FtkitError(f"cannot be read: {e.strerror}", where=file) from e
     return seen.hexdigest()[:32]
 
-# %% ../../nbs/28_data.files.ipynb #7bf933c1
+# %% ../../nbs/28_data.files.ipynb #b50359c7
 def media_path(root,     # Folder of the data, `Source.root`
                path:str  # What a row says
               )->Path:   # Real path, which need not exist

@@ -5,21 +5,21 @@
 # %% auto #0
 __all__ = ['LONGEST', 'read_jsonl', 'read_json', 'holds_lines', 'read_csv', 'read_text', 'read_columns', 'check_beginning']
 
-# %% ../../nbs/19_data.readers.ipynb #cef16111
+# %% ../../nbs/19_data.readers.ipynb #67962ecf
 import csv, io, json, re
 from functools import partial
 from itertools import chain
 from fastcore.basics import patch
 from ..core import FtkitError, need
 
-# %% ../../nbs/19_data.readers.ipynb #5965b2b9
+# %% ../../nbs/19_data.readers.ipynb #fe49b2ff
 def _error(problem, label, n, fix=None, kind="line"):
     return FtkitError(problem, where=f"{label}, {kind} {n}", fix=fix)
 
 _UTF8 = "Save the file as UTF-8; other encodings, such as Latin-1 or GBK, can't be told apart"
 _CUT = "The file ends in the middle of it: it was cut short while it was written or copied"
 
-# %% ../../nbs/19_data.readers.ipynb #29be62d8
+# %% ../../nbs/19_data.readers.ipynb #074b058a
 _HALF = re.compile("[\ud800-\udfff]")           # halves; 0xdc00 + byte is a byte in disguise
 _ESCAPED = re.compile(r"\\u[dD][89a-fA-F]")     # a half, or a whole emoji, as JSON escapes it
 
@@ -48,7 +48,7 @@ def _check_text(row):
             else: problem = f"the byte 0x{code - 0xdc00:02x}: not UTF-8 text"
             raise FtkitError(f"the column {path!r} holds {problem}", fix=_UTF8)
 
-# %% ../../nbs/19_data.readers.ipynb #5ec4633b
+# %% ../../nbs/19_data.readers.ipynb #bdfffbc0
 class _Decoder:
     "Parses one JSON value at a time, strictly."
     def __init__(self):
@@ -77,7 +77,7 @@ def _odd_error(odd, text, start):
     name = f"the column {column[1]!r} holds" if column else "there is a"
     return FtkitError(f"{name} {odd}, which is not JSON", fix="Write null for what is missing")
 
-# %% ../../nbs/19_data.readers.ipynb #cd0c6ca7
+# %% ../../nbs/19_data.readers.ipynb #15c2507f
 def _is_cut(e):
     "Whether the text ends where the parser wanted more."
     rest = e.doc[e.pos:].rstrip(" \t\r\n")
@@ -101,7 +101,7 @@ def _json_error(e, label, line, column, cut=False, n=None):
         fix = "Remove the comma after the last row"
     return FtkitError(problem, where=f"{label}, line {line}, column {column}", fix=fix)
 
-# %% ../../nbs/19_data.readers.ipynb #396165e9
+# %% ../../nbs/19_data.readers.ipynb #538a62d3
 def _row_of(line, decoder, label, n):
     "The row in a line; None if the line is blank."
     try:
@@ -122,7 +122,7 @@ def _row_of(line, decoder, label, n):
     except ValueError as e: raise _error(f"not valid JSON: {e}", label, n) from e
     except FtkitError as e: raise _error(e.problem, label, n, e.fix) from e
 
-# %% ../../nbs/19_data.readers.ipynb #a48da399
+# %% ../../nbs/19_data.readers.ipynb #c7101054
 LONGEST = 2**30  # Bytes of a line, characters of a row
 
 def read_jsonl(stream, # Binary file, from its start
@@ -138,7 +138,7 @@ def read_jsonl(stream, # Binary file, from its start
 
 _LONG = "Is it really one row a line? Cut long documents into several rows"
 
-# %% ../../nbs/19_data.readers.ipynb #2760de3c
+# %% ../../nbs/19_data.readers.ipynb #cbe12e2a
 class _Scan:
     "A JSON text, parsed value by value."
     def __init__(self, stream, label, size):
@@ -163,7 +163,7 @@ class _Scan:
         column = at - before if before >= 0 else self.column + at
         return self.line + self.text.count("\n", 0, at), column
 
-# %% ../../nbs/19_data.readers.ipynb #84b2eef4
+# %% ../../nbs/19_data.readers.ipynb #29dcdf6f
 @patch
 def peek(self:_Scan):
     "The next character that is not blank; '' at the end."
@@ -192,7 +192,7 @@ def value(self:_Scan):
         except RecursionError as e: raise self.fail(e, "nested too deeply") from e
         except ValueError as e: raise self.fail(e, f"not valid JSON: {e}") from e
 
-# %% ../../nbs/19_data.readers.ipynb #17d844a1
+# %% ../../nbs/19_data.readers.ipynb #b6657400
 @patch
 def fail(self:_Scan, e, problem=None):
     "The error to raise: where the parser stopped, and why."
@@ -201,7 +201,7 @@ def fail(self:_Scan, e, problem=None):
         return FtkitError(problem, where=f"{self.label}, line {line}, column {column}")
     return _json_error(e, self.label, *self.place(e.pos), self.ended, self.row)
 
-# %% ../../nbs/19_data.readers.ipynb #37431267
+# %% ../../nbs/19_data.readers.ipynb #834afeab
 @patch
 def items(self:_Scan):
     "Rows and places of the list that begins here."
@@ -226,7 +226,7 @@ def expect(self:_Scan, found, char):
         raise self.fail(json.JSONDecodeError(f"Expecting {char!r}", self.text, self.at))
     self.at += 1
 
-# %% ../../nbs/19_data.readers.ipynb #f33be996
+# %% ../../nbs/19_data.readers.ipynb #81c59d70
 @patch
 def wrapped(self:_Scan):
     "Rows and places of the one list in the object that begins here."
@@ -250,7 +250,7 @@ def wrapped(self:_Scan):
                          where=self.label, fix="Rows that follow each other belong in a .jsonl "
                          "file, one a line; pandas writes a list with orient='records'")
 
-# %% ../../nbs/19_data.readers.ipynb #503126a7
+# %% ../../nbs/19_data.readers.ipynb #bfc08173
 def read_json(stream,      # Binary file, from its start
               label,       # Name of the file, for places and errors
               size=2**18): # Characters to read at once
@@ -272,7 +272,7 @@ def holds_lines(stream)->bool:
     except (ValueError, RecursionError): return False
     return isinstance(row, dict) and any(l.strip() for l in lines)
 
-# %% ../../nbs/19_data.readers.ipynb #8c1b7c92
+# %% ../../nbs/19_data.readers.ipynb #bf2f6bc0
 def _table_lines(file):
     "The lines of a table, NUL in disguise too."
     for line in iter(partial(file.readline, LONGEST), ""):
@@ -304,7 +304,7 @@ def _cells(cells, names, label, line):
     except FtkitError as e: return _error(e.problem, label, line, e.fix)
     return row
 
-# %% ../../nbs/19_data.readers.ipynb #f1ea4794
+# %% ../../nbs/19_data.readers.ipynb #f05efe09
 def read_csv(stream, # Binary file, from its start
              label): # Name of the file, for places and errors
     "Rows and places of a table with a header; an error in the place of a bad row."
@@ -337,7 +337,7 @@ def _table_error(e, label, n, last=0):
     return _error(f"not a row of a table: {e}", label, f"{n}{to}",
                   "Quote the whole cell, and write quotes inside of it twice")
 
-# %% ../../nbs/19_data.readers.ipynb #dbf3e561
+# %% ../../nbs/19_data.readers.ipynb #a55fa013
 def read_text(stream,       # Binary file, from its start
               label,        # Name of the file, for places and errors
               part=2**20):  # Most characters in one row
@@ -369,7 +369,7 @@ def _not_text(text, label, line):
     if not found: return _error("a NUL byte: the file is damaged, or no text", label, line)
     return _error(f"not UTF-8 text: the byte 0x{found:02x}", label, line, _UTF8)
 
-# %% ../../nbs/19_data.readers.ipynb #e24381c2
+# %% ../../nbs/19_data.readers.ipynb #199fbf1a
 def _batches(stream, label):
     "The batches of rows in a Parquet or Arrow file, and how many rows it promises."
     start = stream.read(8)
@@ -389,7 +389,7 @@ def _batches(stream, label):
     file = ipc.open_stream(stream)
     return file.schema,file,None
 
-# %% ../../nbs/19_data.readers.ipynb #f9046983
+# %% ../../nbs/19_data.readers.ipynb #ea1e3c4d
 def read_columns(stream, # Binary file that can seek
                  label): # Name of the file, for places and errors
     "Rows and places of a Parquet or Arrow file."
@@ -419,7 +419,7 @@ def _batch_rows(batch, label, before):
         return [row for i,p in enumerate(parts) for row in _batch_rows(p, label, before + i)]
     return batch.to_pylist()
 
-# %% ../../nbs/19_data.readers.ipynb #ae57111c
+# %% ../../nbs/19_data.readers.ipynb #de7b6a0d
 _BEGINNINGS = {
     b"\xff\xfe": "UTF-16 text", b"\xfe\xff": "UTF-16 text", b"\x1f\x8b": "a gzip file",
     b"PK\x03\x04": "a zip file", b"BZh": "a bzip2 file", b"\xfd7zXZ": "an xz file",
@@ -429,7 +429,7 @@ _BEGINNINGS = {
     b"\x80\x04": "a pickle", b"version https://git-lfs": "a pointer of Git LFS, not the data",
     b"<!doctype html": "a web page", b"<html": "a web page"}
 
-# %% ../../nbs/19_data.readers.ipynb #03ebf9c5
+# %% ../../nbs/19_data.readers.ipynb #c1d5787f
 def check_beginning(start,  # First bytes of a file that should be text
                     label): # Name of the file
     "Raise if the first bytes show that the file is not what its name says."
