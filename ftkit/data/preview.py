@@ -34,7 +34,8 @@ def token_texts(ids:list, tokenizer,
     return out
 
 # %% ../../nbs/34_data.preview.ipynb #15f07482
-Token = namedtuple("Token", "text ids learned sample role instead", defaults=(0, "", ""))
+Token = namedtuple("Token", "text ids learned sample role instead weight",
+                   defaults=(0, "", "", 1.))
 Token.__doc__ = "Text of one or more tokens and what training makes of them."
 
 @dataclass
@@ -51,9 +52,12 @@ class TokenView:
         learned = sum(len(t.ids) for t in self.tokens if t.learned)
         samples = sum(t.sample > 0 for t in self.tokens)
         instead,hidden = sum(t.instead != "" for t in self.tokens),self.before + self.more
+        weights = sorted({t.weight for t in self.tokens if t.learned})
         return (f"{learned:,} of {n:,} tokens learned"
                 + (f", {samples} samples" if samples > 1 else "")
                 + (f", {instead} as another token" if instead else "")
+                + (f", with weight {weights[0]:g}" if weights not in ([], [1.]) else "")
+                + (f" to {weights[-1]:g}" if len(weights) > 1 else "")
                 + (f", {hidden:,} more tokens not shown" if hidden else ""))
 
 # %% ../../nbs/34_data.preview.ipynb #81999aee
@@ -104,13 +108,15 @@ def __repr__(self:TokenView)->str: return str(self)
 
 # %% ../../nbs/34_data.preview.ipynb #37d8496e
 def _marks(what, first, last):
-    "For each token: learned, role, id that is learned instead."
+    "For each token: learned, role, id that is learned instead, weight."
     ids,labels = what.ids[first:last],what.labels[first:last]
     roles = getattr(what, "roles", None)
     roles = [""]*len(ids) if roles is None else [ROLE_NAMES[int(r)] for r in roles[first:last]]
-    found = [(bool(label != IGNORE), role, None if label in (IGNORE, i) else int(label))
-             for i,label,role in zip(ids, labels, roles)]
-    if first == 0 and found: found[0] = False,found[0][1],None # nothing comes before to predict it
+    weights = getattr(what, "weights", None)
+    weights = [getattr(what, "weight", 1.)]*len(ids) if weights is None else weights[first:last]
+    found = [(bool(label != IGNORE), role, None if label in (IGNORE, i) else int(label), float(w))
+             for i,label,role,w in zip(ids, labels, roles, weights)]
+    if first == 0 and found: found[0] = False,found[0][1],None,1. # nothing before it predicts it
     return found
 
 # %% ../../nbs/34_data.preview.ipynb #f81d2b99
@@ -133,9 +139,9 @@ def preview(what,                   # `Encoded`, packed `Row`, or a conversation
     changes = {i for i in range(1, len(ids)) if marks[i] != marks[i-1] or marks[i][2] is not None}
     out,pos = [],0
     for text,group in token_texts(ids, tokenizer, samples.keys() | changes):
-        learned,role,other = marks[pos]
+        learned,role,other,weight = marks[pos]
         instead = "" if other is None else tokenizer.decode([other])
-        out.append(Token(text, group, learned, samples.get(pos, 0), role, instead))
+        out.append(Token(text, group, learned, samples.get(pos, 0), role, instead, weight))
         pos += len(group)
     return TokenView(out, start, max(0, len(what.ids) - start - len(ids)))
 
@@ -175,7 +181,8 @@ def _title(t):
     "What is told of a token on hover."
     learned = f"learned as {t.instead}" if t.instead else "learned" if t.learned else "not learned"
     ids = f"id{'s' if len(t.ids) > 1 else ''} {', '.join(map(str, t.ids))}"
-    return escape(" · ".join(filter(None, [ids, t.role, learned])))
+    weight = f"counts {t.weight:g}" if t.learned and t.weight != 1 else ""
+    return escape(" · ".join(filter(None, [ids, t.role, learned, weight])))
 
 # %% ../../nbs/34_data.preview.ipynb #f20806fe
 @patch
