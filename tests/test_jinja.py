@@ -118,10 +118,12 @@ def test_thinking_of_earlier_replies_is_dropped():
         with pytest.raises(FtkitError, match="reply in message 2 differently.*learn=last.*split"):
             t.render(messages)
         r = t.render(masked(messages))
+        trained = encode(masked(messages), t, t.tokenizer)
+        assert encode(messages, t, t.tokenizer, learn="last") == trained
         assert learned(r) == learned(t.render(turns("c", replies[1])))
         assert "assistant\nb<|im_end|>" in r.text
         # what a server sends is what was trained
-        ids = encode(masked(messages), t, t.tokenizer).ids
+        ids = trained.ids
         prompt = encode_prompt(messages[:3], t, t.tokenizer)
         assert ids[:len(prompt)] == prompt
 

@@ -14,6 +14,7 @@ from itertools import chain
 import numpy as np
 from fastcore.basics import patch
 from ..core import FtkitError, is_main, unknown_name
+from .messages import as_messages
 from .templates import Rendered, Template
 from .tokens import IGNORE, LEARNED, ROLE_NAMES, Encoded, EncodedBatch, encoder
 from ..workers import cpus, in_order, portable
@@ -72,6 +73,14 @@ class EncodeReport:
         return self
 
 # %% ../../nbs/32_data.encode.ipynb #64bf62c7
+def _last_only(messages):
+    "The messages, with all replies but the last kept out of the loss."
+    messages = as_messages(messages)
+    last = max((i for i,m in enumerate(messages) if m.role == "assistant"), default=0)
+    for m in messages[:last]: m.loss = False
+    return messages
+
+# %% ../../nbs/32_data.encode.ipynb #37d6a1fc
 _CHOICES = dict(on_masked=("error", "drop"), long=("truncate", "split", "drop"),
                 learn=("all", "last"))
 
@@ -97,12 +106,8 @@ class _Job:
         weight = getattr(conversation, "weight", 1.)
         if not (isinstance(weight, (int, float)) and 0 <= weight < float("inf")):
             raise FtkitError(f"the weight should be a number of at least 0, not {weight!r}")
-        r = self.template.render(conversation)
-        if self.learn == "last" and (replies := r.replies or r.spans):
-            begin = replies[-1][0]
-            for name in "spans", "overrides":
-                setattr(r, name, [x for x in getattr(r, name) if x[0] >= begin])
-        return r
+        if self.learn == "last": conversation = _last_only(conversation)
+        return self.template.render(conversation)
 
 # %% ../../nbs/32_data.encode.ipynb #64344e43
 @patch

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['JinjaTemplate']
 
-# %% ../../nbs/26_data.jinja.ipynb #aab326d8
+# %% ../../nbs/26_data.jinja.ipynb #5baa3edc
 import json, os, re
 import jinja2
 from fastcore.basics import patch
@@ -13,7 +13,7 @@ from ..core import FtkitError, say
 from .messages import ANSWERS, Message, ToolCall, as_messages
 from .templates import Rendered, Template, added_tokens
 
-# %% ../../nbs/26_data.jinja.ipynb #e0b8e616
+# %% ../../nbs/26_data.jinja.ipynb #363271df
 def _refuse(problem, fix="Choose another template"):
     return FtkitError(problem, where="template=tokenizer", fix=fix)
 
@@ -39,7 +39,7 @@ class _Given:
         out = dict(type="function", function=dict(name=change(c.name), arguments=arguments))
         return out if c.id is None else dict(out, id=change(c.id, always=False))
 
-# %% ../../nbs/26_data.jinja.ipynb #63455bc4
+# %% ../../nbs/26_data.jinja.ipynb #2ffff5ab
 @patch
 def __call__(self:_Given, messages, mark=_as_is)->list:
     "Dictionaries for the template; `mark(text, number of the message)` may change each text."
@@ -56,7 +56,7 @@ def __call__(self:_Given, messages, mark=_as_is)->list:
         out.append(d)
     return out
 
-# %% ../../nbs/26_data.jinja.ipynb #bbcf64aa
+# %% ../../nbs/26_data.jinja.ipynb #58f74ae6
 _DATE = dict(d="26", m="07", b="Jul", B="July", y="24", Y="2024", a="Fri", A="Friday", j="208",
              H="00", M="00", S="00", I="12", p="AM")
 
@@ -67,7 +67,7 @@ def _without_clock(source):
     # one line break: Jinja drops it, and the template begins on a line of its own as it did
     return f"{{% macro strftime_now(format) %}}{{{{ format{steps} }}}}{{% endmacro %}}\n{source}"
 
-# %% ../../nbs/26_data.jinja.ipynb #1eb1eca9
+# %% ../../nbs/26_data.jinja.ipynb #3cae0153
 class JinjaTemplate(Template):
     "The chat template that a tokenizer brings with it."
     name = "tokenizer"
@@ -91,7 +91,7 @@ class JinjaTemplate(Template):
         if isinstance(self.jinja, str): return self.jinja
         return self.jinja["tool_use" if tools and "tool_use" in self.jinja else "default"]
 
-# %% ../../nbs/26_data.jinja.ipynb #2763a043
+# %% ../../nbs/26_data.jinja.ipynb #139edbdc
 def _any_of(texts):
     "A pattern for any of the texts, the longest first."
     return re.compile("|".join(map(re.escape, sorted(texts, key=len, reverse=True))) or r"(?!)")
@@ -115,7 +115,7 @@ def _write(self:JinjaTemplate, messages, gen=False, tools=None, mark=_as_is)->st
         raise _refuse(f"the tokenizer's chat template refuses this conversation: {e}",
                       f"If that is about the roles, {fix}; or choose another template") from e
 
-# %% ../../nbs/26_data.jinja.ipynb #064a8fb9
+# %% ../../nbs/26_data.jinja.ipynb #ff677bf8
 _ASKS = Message("user", "What?")
 
 @patch
@@ -137,7 +137,7 @@ def _plain_tail(self:JinjaTemplate):
             if after is not None: return after
     raise wrong or _refuse("the tokenizer's chat template does not write replies")
 
-# %% ../../nbs/26_data.jinja.ipynb #2c1aa417
+# %% ../../nbs/26_data.jinja.ipynb #4d732c5b
 @patch
 def _probe(self:JinjaTemplate):
     "Find out the form of contents, the generation prompt and the end tokens."
@@ -154,7 +154,7 @@ def _probe(self:JinjaTemplate):
     tokens = self._all.findall(after or "")
     if tokens and not set(tokens) & set(self.stop): self.stop.append(tokens[-1])
 
-# %% ../../nbs/26_data.jinja.ipynb #ff6f0830
+# %% ../../nbs/26_data.jinja.ipynb #6f1ee506
 _ORDER = (("whole", "whole"), ("core", "core"), ("core", "tokens"), ("between", "between"),
           ("between", "tokens"), ("tokens", "tokens")) # of what is said, and of the tools
 _CORE = re.compile(r"\S(?:.*\S)?", re.S)
@@ -187,7 +187,7 @@ def _between(text, pattern, change):
     pieces = [text[a:b] for a,b in zip(ends, ends[1:])]
     return "".join(p if k % 2 else change(p) for k,p in enumerate(pieces))
 
-# %% ../../nbs/26_data.jinja.ipynb #7a13745a
+# %% ../../nbs/26_data.jinja.ipynb #8ede5011
 def _free_range(texts, n):
     "The first of `n` characters in a row of the private planes that no text holds."
     first = 0xF0000
@@ -208,7 +208,7 @@ def _unmark(marked, first, n):
         else: opened = pos,owner
     return None if opened else ("".join(parts[::2]), found)
 
-# %% ../../nbs/26_data.jinja.ipynb #48dd201a
+# %% ../../nbs/26_data.jinja.ipynb #c54e04af
 @patch
 def _data(self:JinjaTemplate, text, messages, gen, tools):
     "(start, end, number of the message) of all data in `text`; None if no marks come through."
@@ -226,7 +226,7 @@ def _data(self:JinjaTemplate, text, messages, gen, tools):
         if found and found[0] == text: return found[1]
     return None
 
-# %% ../../nbs/26_data.jinja.ipynb #05d7a8df
+# %% ../../nbs/26_data.jinja.ipynb #e58476cd
 @patch
 def _checked_data(self:JinjaTemplate, text, messages, gen, tools):
     "As `_data`, after checking that nothing is lost and nothing can be mistaken."
@@ -243,7 +243,7 @@ def _checked_data(self:JinjaTemplate, text, messages, gen, tools):
                       "Choose a template that writes them")
     return data
 
-# %% ../../nbs/26_data.jinja.ipynb #def86340
+# %% ../../nbs/26_data.jinja.ipynb #241f8cf1
 @patch
 def _no_lookalikes(self:JinjaTemplate, messages, gen, tools):
     "No data, after checking that no text that goes in looks like a special token."
@@ -263,7 +263,7 @@ def _leaves_out(self:JinjaTemplate, text, messages, i, gen, tools):
                    [ToolCall(c.name + "x", c.arguments, c.id) for c in m.tool_calls], m.name)
     return self._write([*messages[:i], said, *messages[i+1:]], gen, tools) == text
 
-# %% ../../nbs/26_data.jinja.ipynb #263240a4
+# %% ../../nbs/26_data.jinja.ipynb #69aa832a
 def _meets(span, others): return any(span[0] < b and a < span[1] for a,b in others)
 
 @patch
@@ -274,7 +274,7 @@ def _end(self:JinjaTemplate, text, start, i, data):
     found = (m for m in self._special.finditer(text, start, limit) if m[0] in self.stop)
     return next((m.end() for m in found if not _meets(m.span(), said)), None)
 
-# %% ../../nbs/26_data.jinja.ipynb #459d5613
+# %% ../../nbs/26_data.jinja.ipynb #3be972d8
 _LAST_ONLY = ("Train on the last reply only (learn=last), or split the conversation so that each "
               "reply is the last of one, or choose another template")
 
@@ -303,7 +303,7 @@ def _reply(self:JinjaTemplate, text, messages, i, data, tools):
                  "once more messages follow, so the model would learn what it should not write",
                  _LAST_ONLY)
 
-# %% ../../nbs/26_data.jinja.ipynb #c8d8cda7
+# %% ../../nbs/26_data.jinja.ipynb #39aca325
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 @patch
@@ -337,7 +337,7 @@ def _tell(self:JinjaTemplate, text, spans, marked):
         f"{' and '.join(wrong)} elsewhere than what the model has to write; learned is all from "
         "the end of the prompt to the end token")
 
-# %% ../../nbs/26_data.jinja.ipynb #73104986
+# %% ../../nbs/26_data.jinja.ipynb #49cfae9c
 @patch
 def _borders(self:JinjaTemplate, text, lo, hi, after_reply=False, before_reply=False):
     "Where one turn ends and the next begins, in the markup from `lo` to `hi`."
@@ -359,7 +359,7 @@ def _turns(self:JinjaTemplate, text, messages, data, replies, gen)->list:
     if any(a[1] > b[0] for a,b in zip(spans, spans[1:])): return []
     return self._joined_turns(text, messages, spans, set(replies), gen) if spans else []
 
-# %% ../../nbs/26_data.jinja.ipynb #de3683dd
+# %% ../../nbs/26_data.jinja.ipynb #49afb5c5
 @patch
 def _joined_turns(self:JinjaTemplate, text, messages, spans, replies, gen):
     "The turns whose contents are `spans`, with the markup around them."
@@ -375,7 +375,7 @@ def _joined_turns(self:JinjaTemplate, text, messages, spans, replies, gen):
         start = after
     return out
 
-# %% ../../nbs/26_data.jinja.ipynb #99d4604e
+# %% ../../nbs/26_data.jinja.ipynb #fee163c3
 @patch
 def render(self:JinjaTemplate,
            messages,                    # `Message`s or dictionaries
