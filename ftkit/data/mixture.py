@@ -98,7 +98,7 @@ def draw(store,
 # %% ../../nbs/36_data.mixture.ipynb #79465cda
 def plan_rows(lengths:np.ndarray, # Of the samples
               max_length:int,     # Room in a row
-              block:int=1 << 20   # Samples that are looked at together
+              block:int=1 << 18   # Samples that are looked at together
              )->dict:             # `samples`: their numbers; `starts`: of the rows, and the end
     "Which samples go into which row."
     kind = np.int32 if len(lengths) < 2**31 else np.int64
@@ -109,12 +109,13 @@ def plan_rows(lengths:np.ndarray, # Of the samples
         starts.append(begin[1:] + a)
     return dict(samples=samples, starts=np.concatenate(starts))
 
-# %% ../../nbs/36_data.mixture.ipynb #d70b1378
+# %% ../../nbs/36_data.mixture.ipynb #a46827bf
 class LazyRows:
     "The rows of a data set, each made when it is asked for."
     def __init__(self, encoded,               # Sequence of `Encoded` with `lengths`
                  samples=None, starts=None): # From `plan_rows`; None for one sample a row
-        self.encoded,self.samples,self.starts = encoded,samples,starts
+        self.encoded = encoded
+        self.samples,self.starts = (a if a is None else np.asarray(a) for a in (samples, starts))
 
     def __len__(self): return len(self.encoded if self.starts is None else self.starts[1:])
     def __getitem__(self, i):
