@@ -37,6 +37,10 @@ class Message:
     tool_calls:list=field(default_factory=list) # `ToolCall`s that a reply ends with
     name:str|None=None    # Of the tool that answers, or of the speaker where a template has names
 
+    def __repr__(self): # What was left at its default is left out
+        said = {k: v for k,v in vars(self).items() if k in ("role", "content") or v not in (None, [])}
+        return f"Message({', '.join(f'{k}={v!r}' for k,v in said.items())})"
+
 # %% ../../nbs/23_data.messages.ipynb #fce45f11
 ROLES = ("system", "developer", "user", "assistant", "tool", "ipython", "environment",
          "observation", "text")
@@ -106,9 +110,14 @@ def _check_text(text, what):
                          fix="Repair the text where it was cut") from e
     return text
 
+THOUGHTS = ("reasoning_content", "reasoning", "thinking")
+
 def _as_message(m, n):
     "Message number `n`, checked."
     if isinstance(m, Message): m = vars(m)
+    elif isinstance(m, dict) and (lost := [k for k in THOUGHTS if m.get(k)]):
+        raise FtkitError(f"message {n} has {lost[0]!r}, which no template here would write",
+                         fix="Write it into the content as the model's own template does")
     calls = (m.get("tool_calls") or []) if isinstance(m, dict) else []
     if not isinstance(m, dict) or "role" not in m or not ("content" in m or calls):
         found = type(m).__name__
