@@ -38,7 +38,8 @@ class Message:
     name:str|None=None    # Of the tool that answers, or of the speaker where a template has names
 
     def __repr__(self): # What was left at its default is left out
-        said = {k: v for k,v in vars(self).items() if k in ("role", "content") or v not in (None, [])}
+        said = {k: v for k,v in vars(self).items()
+                if k in ("role", "content") or v not in (None, [])}
         return f"Message({', '.join(f'{k}={v!r}' for k,v in said.items())})"
 
 # %% ../../nbs/23_data.messages.ipynb #fce45f11
