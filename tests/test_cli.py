@@ -135,7 +135,7 @@ def test_log_dataset_shows_what_is_learned(capsys):
 
 def test_log_dataset_shows_any_row_and_any_file(here, capsys, fails):
     rows = ftkit.color_rows("train")
-    for n in 1, 5, len(rows):
+    for n in 1, len(rows):
         line = ["log-dataset", RECIPE, "--set", "data.packing=off", "--show", "text", "--row", str(n)]
         assert main(line) == 0
         assert rows[n-1]["color"] in capsys.readouterr().out
@@ -158,12 +158,12 @@ def test_list_dataset_format(capsys, fails):
 def test_check_of_a_huge_number_of_bad_rows(here, capsys):
     with open("bad.jsonl", "w") as f:
         f.write(GOOD + "\n")
-        for i in range(30_000): f.write('{"instruction": %d}\n' % i if i % 2 else "{\n")
+        for i in range(6_000): f.write('{"instruction": %d}\n' % i if i % 2 else "{\n")
     assert main(["check-custom-dataset", "bad.jsonl"]) == 1
     out = capsys.readouterr().out
-    assert "30,000 of them bad" in out and len(out) < 3000 and "and 14,997 more" in out
+    assert "6,000 of them bad" in out and len(out) < 3000 and "and 2,997 more" in out
     assert main(["check-custom-dataset", "bad.jsonl", "--json"]) == 1
-    assert len(json.loads(capsys.readouterr().out)["bad"]) == 30_000
+    assert len(json.loads(capsys.readouterr().out)["bad"]) == 6_000
 
 
 def test_check_of_other_encodings(here, capsys):
