@@ -73,7 +73,7 @@ def measure(args):
         return out
     data = timed("load", lambda: ftkit.load_data(cfg, tokenizer, progress=False))
     counts = data.statistics
-    train = ftkit.TrainConfig(max_steps=args.steps, batch_size=4, precision="fp32")
+    train = ftkit.TrainConfig(max_steps=args.steps, batch_size=1, precision="fp32")
     collate = partial(ftkit.collate, pad_id=tokenizer.pad_token_id or 0, mask=None)
     def fit():
         trainer = ftkit.Trainer(model, ftkit.SupervisedTuning(), data.rows, train, collate=collate,

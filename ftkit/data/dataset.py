@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['DataConfig', 'TuningData', 'load_data']
 
-# %% ../../nbs/39_data.dataset.ipynb #9e049431
+# %% ../../nbs/39_data.dataset.ipynb #b71bafc9
 import hashlib
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
@@ -24,7 +24,7 @@ from .store import (TokenStore, arrays_of, code_print, function_print, key_of, s
                               tokenizer_print)
 from .templates import Template
 
-# %% ../../nbs/39_data.dataset.ipynb #b2ca4bf9
+# %% ../../nbs/39_data.dataset.ipynb #df6aba21
 @dataclass
 class DataConfig:
     "What to train on, and how it is written out."
@@ -48,7 +48,7 @@ class DataConfig:
     workers:int|None=None           # Processes that encode; 0 for none
     seed:int=0                      # Of what is drawn: held-out samples, max_samples, weights
 
-# %% ../../nbs/39_data.dataset.ipynb #f4551d1a
+# %% ../../nbs/39_data.dataset.ipynb #732c25fc
 class Corpus:
     "The conversations of one path, read as they are asked for."
     def __init__(self, path, layout, cfg:DataConfig, tokenizer):
@@ -68,7 +68,7 @@ class Corpus:
         text = name == "text" and self.cfg.template == "tokenizer"
         return template("text" if text else self.cfg.template, self.tokenizer)
 
-# %% ../../nbs/39_data.dataset.ipynb #85b1c4c6
+# %% ../../nbs/39_data.dataset.ipynb #c16190d7
 @patch
 def rows(self:Corpus):
     "Pairs: row, place; those that are drawn, if there is a limit."
@@ -80,7 +80,7 @@ def rows(self:Corpus):
     chosen[rng.choice(n, self.cfg.max_samples, replace=False, shuffle=False)] = True
     return (x for x,is_chosen in zip(gathered(self.layout, self.source), chosen) if is_chosen)
 
-# %% ../../nbs/39_data.dataset.ipynb #5fdd3f5a
+# %% ../../nbs/39_data.dataset.ipynb #c8ea7508
 @patch
 def conversations(self:Corpus, notes:dict):
     "Pairs: conversation, place. `notes` counts what is left out."
@@ -103,7 +103,7 @@ def conversations(self:Corpus, notes:dict):
     if len(systems) == 1: notes["system"], = systems
     for e in self.source.bad: _note_bad(notes, e)
 
-# %% ../../nbs/39_data.dataset.ipynb #7fcf9207
+# %% ../../nbs/39_data.dataset.ipynb #a784a1b0
 def _placed(e, place)->FtkitError:
     "The error, with the place of its row."
     at = in_words(place)
@@ -118,7 +118,7 @@ def _note_bad(notes, error):
     notes["bad"] += 1
     notes["first_bad"] = notes["first_bad"] or str(error)
 
-# %% ../../nbs/39_data.dataset.ipynb #4bd0cd77
+# %% ../../nbs/39_data.dataset.ipynb #5721580f
 @patch
 def ingredients(self:Corpus)->dict:
     "Everything that has a say in the ids and labels; None if that cannot be known."
@@ -134,7 +134,7 @@ def ingredients(self:Corpus)->dict:
                 tokenizer=tokenizer_print(self.tokenizer),
                 **{name: getattr(cfg, name) for name in names.split()})
 
-# %% ../../nbs/39_data.dataset.ipynb #70c00c4d
+# %% ../../nbs/39_data.dataset.ipynb #eaee5cce
 @patch
 def store(self:Corpus, progress=False)->TokenStore:
     "The encoded samples: from the cache, or made."
@@ -160,7 +160,7 @@ def check(self:Corpus, report, meta):
     if meta["bad"]: raise FtkitError(f"every row is bad; the first: {meta['first_bad']}", self.path)
     raise FtkitError("all rows were skipped, none has an answer", where=self.path)
 
-# %% ../../nbs/39_data.dataset.ipynb #37df57a6
+# %% ../../nbs/39_data.dataset.ipynb #8e198e9b
 @dataclass(repr=False)
 class TuningData:
     "A data set ready for training."
@@ -187,7 +187,7 @@ class TuningData:
                 if wanted is None or wanted[n]: out.append(c); out.places.append(place)
         return out
 
-# %% ../../nbs/39_data.dataset.ipynb #23907c4d
+# %% ../../nbs/39_data.dataset.ipynb #368a5a41
 def _sources(encoded)->list:
     "For each store an array: whether some part of conversation `n` is among the samples."
     mixture,out = encoded if isinstance(encoded, Mixture) else Mixture([encoded]),[]
@@ -200,7 +200,7 @@ def _sources(encoded)->list:
         out.append(wanted)
     return out
 
-# %% ../../nbs/39_data.dataset.ipynb #8dc5ca15
+# %% ../../nbs/39_data.dataset.ipynb #faa73569
 @patch(as_prop=True)
 def statistics(self:TuningData)->dict: # For people and logs
     "Counts of samples, tokens and rows."
@@ -212,7 +212,7 @@ def statistics(self:TuningData)->dict: # For people and logs
                 median=int(np.median(lengths)), longest=int(lengths.max()), rows=len(self.rows),
                 filled=tokens/room, **counts, skipped=self.skipped, bad=self.bad)
 
-# %% ../../nbs/39_data.dataset.ipynb #0d8d2977
+# %% ../../nbs/39_data.dataset.ipynb #f29e1518
 def _account(data)->list: # Pairs of name and value, without zeros
     s = data.statistics
     held = [("held out", f"{data.eval.statistics['samples']:,}")] if data.eval else []
@@ -236,7 +236,7 @@ def _repr_html_(self:TuningData)->str:
     first = preview(self.rows[0], self.tokenizer, max_tokens=160)
     return f"<table>{cells}</table>{first._repr_html_()}"
 
-# %% ../../nbs/39_data.dataset.ipynb #b6d81a97
+# %% ../../nbs/39_data.dataset.ipynb #b37cd78e
 def _tell(name, store, cfg):
     "Say what was read again, cut, left out or skipped."
     r,meta = store.meta["report"],store.meta
@@ -255,7 +255,7 @@ def _tell(name, store, cfg):
     if meta["bad"]:
         say(f"{name}: {meta['bad']:,} bad rows were left out. The first: {meta['first_bad']}")
 
-# %% ../../nbs/39_data.dataset.ipynb #495b029f
+# %% ../../nbs/39_data.dataset.ipynb #3d34fc1d
 def _listed(value)->list:
     "One or several paths; a comma separates them unless it is part of a name."
     if isinstance(value, (list, tuple)): return list(value)
@@ -272,7 +272,7 @@ def _corpora(cfg, tokenizer)->list:
                          fix="Give one for all, or one for each")
     return [Corpus(p, l, cfg, tokenizer) for p,l in zip(paths, layouts)]
 
-# %% ../../nbs/39_data.dataset.ipynb #c2265cd8
+# %% ../../nbs/39_data.dataset.ipynb #d7bb5481
 def _checked(cfg)->DataConfig:
     "The config with its weights, if it makes sense so far as that can be said without reading."
     if cfg.max_length < 2:
@@ -289,7 +289,7 @@ def _checked(cfg)->DataConfig:
                          f"{weights}", where="weights")
     return replace(cfg, weights=tuple(weights))
 
-# %% ../../nbs/39_data.dataset.ipynb #452c449c
+# %% ../../nbs/39_data.dataset.ipynb #cc81ae78
 def _rows(cfg, encoded, stores)->LazyRows:
     "One sample a row, or several; a plan for very many samples is kept."
     if not cfg.packing: return LazyRows(encoded)
@@ -316,7 +316,7 @@ def _gathered(cfg, corpora, stores, numbers, tokenizer)->TuningData:
                       systems.pop() if len(systems) == 1 else None, all(s.cached for s in stores),
                       corpora=corpora)
 
-# %% ../../nbs/39_data.dataset.ipynb #e52a31b2
+# %% ../../nbs/39_data.dataset.ipynb #eb49e99e
 def load_data(cfg:DataConfig, tokenizer,
               progress=True # Show a bar in the terminal
              )->TuningData:
@@ -325,11 +325,13 @@ def load_data(cfg:DataConfig, tokenizer,
     corpora = _corpora(cfg, tokenizer)
     stores = [c.store(progress) for c in corpora]
     for c,s in zip(corpora, stores): _tell(c.path, s, cfg)
-    held = hold_out(stores, cfg.eval_fraction, cfg.seed)
-    drawn = [draw(s, ~h, w, cfg.seed + k)
-             for k,(s,h,w) in enumerate(zip(stores, held, cfg.weights), 1)]
-    whole = all(len(d) == len(s) for d,s in zip(drawn, stores)) and set(cfg.weights) == {1.}
-    data = _gathered(cfg, corpora, stores, None if whole else drawn, tokenizer)
+    if not cfg.eval_fraction and set(cfg.weights) == {1.}:
+        data = _gathered(cfg, corpora, stores, None, tokenizer)
+    else:
+        held = hold_out(stores, cfg.eval_fraction, cfg.seed)
+        drawn = [draw(s, ~h, w, cfg.seed + k)
+                 for k,(s,h,w) in enumerate(zip(stores, held, cfg.weights), 1)]
+        data = _gathered(cfg, corpora, stores, drawn, tokenizer)
     if cfg.eval_fraction:
         aside = replace(cfg, eval_fraction=0., weights=())
         data.eval = _gathered(aside, corpora, stores, list(map(np.flatnonzero, held)), tokenizer)
