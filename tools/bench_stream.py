@@ -150,7 +150,7 @@ def main():
         k = slope([r["size"]/1000 for r in found], [r["peaks"][phase] for r in found])
         last = found[-1]
         each = k*1e6/(last["samples"]/last["size"]*1000)
-        at = last["peaks"][phase] + k*(20 - last["size"]/1000)
+        at = last["peaks"][phase] + max(k, 0)*(20 - last["size"]/1000)
         print(f"{phase:6} {k:7.1f} MB for each GB ({each:.0f} bytes a sample); with 20 GB: {at:,.0f} MB")
 
 
