@@ -123,7 +123,7 @@ OTHER = {"template": dict(template="qwen_chat"), "max_length": dict(max_length=1
          "skip_bad_rows": dict(skip_bad_rows=True), "max_samples": dict(max_samples=20),
          "layout": dict(layout="alpaca")}
 SAME = {"packing": dict(packing=False), "eval_fraction": dict(eval_fraction=.2),
-        "weights": dict(weights=(2,)), "seed": dict(seed=5), "workers": dict(workers=0),
+        "weights": dict(weights=(2,)), "seed": dict(draw_seed=5), "workers": dict(workers=0),
         "group_by_length": dict(group_by_length=True)}
 
 
@@ -157,7 +157,7 @@ def test_whatever_does_not_decide_them_reads_the_same(file, tmp_path, name):
 
 def test_the_seed_decides_where_samples_are_drawn(file, tmp_path):
     load(file, tmp_path/"cache", max_samples=20)
-    assert not load(file, tmp_path/"cache", max_samples=20, seed=1).cached
+    assert not load(file, tmp_path/"cache", max_samples=20, draw_seed=1).cached
 
 
 def test_content_decides_and_not_the_name(file, tmp_path):
@@ -403,7 +403,7 @@ def test_mixed_sets_with_layouts_of_their_own(tmp_path):
 def test_weights(tmp_path):
     a, b = write(tmp_path/"a.jsonl", 40), write(tmp_path/"b.jsonl", 20, start=100)
     def read(*weights, seed=0):
-        return load(f"{a},{b}", tmp_path/"cache", weights=weights, seed=seed)
+        return load(f"{a},{b}", tmp_path/"cache", weights=weights, draw_seed=seed)
     data = read(.5, 2)
     source = data.encoded.numbers.tolist()
     assert len(source) == 20 + 40 and sorted(source[20:]) == sorted([*range(40, 60)]*2)
@@ -421,7 +421,7 @@ def test_weights(tmp_path):
 
 def test_max_samples(file, tmp_path):
     def read(seed=0, **options):
-        return load(file, tmp_path/"cache", max_samples=10, seed=seed, **options)
+        return load(file, tmp_path/"cache", max_samples=10, draw_seed=seed, **options)
     found = contents(read())
     assert len(found) == 10 and found == contents(read()) != contents(read(seed=1))
     every = contents(load(file, tmp_path/"cache"))
@@ -469,7 +469,7 @@ def test_a_split_of_a_file_with_duplicates(tmp_path):
     assert data.statistics["samples"] == 120 and "held out: 30" in repr(data)
     again = load(file, tmp_path/"cache", eval_fraction=.2)
     assert again.cached and contents(again.eval) == contents(data.eval)
-    assert set(contents(load(file, tmp_path/"cache", eval_fraction=.2, seed=1).eval)) != held
+    assert set(contents(load(file, tmp_path/"cache", eval_fraction=.2, draw_seed=1).eval)) != held
     file.write_text(file.read_text().splitlines()[0] + "\n" + file.read_text().splitlines()[0])
     with pytest.raises(FtkitError, match="nothing is left to train on"):
         load(file, tmp_path/"cache", eval_fraction=.5)
@@ -623,3 +623,14 @@ def test_a_set_that_is_not_kept_goes_to_a_temporary_place(monkeypatch):
     s = stored(None, make)
     assert s.home and Path(s.home.name).exists() and len(s.ids) >= 300_000
     assert isinstance(s.ids.base, np.memmap)
+
+
+@pytest.mark.parametrize("layout,column", [("text", "text"), ("pretrain", "text"),
+                                           ("content", "content")])
+def test_documents_are_rendered_as_text_under_any_layout(tmp_path, layout, column):
+    file = tmp_path/"a.jsonl"
+    rows = [{column: f"Tides follow the moon, {n} times."} for n in range(9)]
+    file.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    for _ in range(2): # the second time from the cache
+        data = load(file, tmp_path/"cache", layout=layout, template="tokenizer")
+        assert data.template.name == "text" and data.report.learned == data.report.tokens - 9

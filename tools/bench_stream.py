@@ -4,8 +4,8 @@
     python tools/bench_stream.py --sizes 100 800 --row 2000  other sizes, longer rows
     python tools/bench_stream.py --option eval_fraction=0.01 --option packing=false
 
-For each size a process of its own writes a synthetic JSONL file, loads it through `load_data`, takes
-a few steps with a tiny model and loads it again. Memory is what cannot be given back without a swap
+For each size a process of its own writes a synthetic JSONL file, loads it through `load_data`,
+takes a few steps with a tiny model and loads it again. Memory is what cannot be given back without a swap
 file (RssAnon), sampled all along: mapped files are left out, since the system drops them at will.
 """
 import argparse, json, os, random, shutil, subprocess, sys, tempfile, threading, time
@@ -151,7 +151,8 @@ def main():
         last = found[-1]
         each = k*1e6/(last["samples"]/last["size"]*1000)
         at = last["peaks"][phase] + max(k, 0)*(20 - last["size"]/1000)
-        print(f"{phase:6} {k:7.1f} MB for each GB ({each:.0f} bytes a sample); with 20 GB: {at:,.0f} MB")
+        print(f"{phase:6} {k:7.1f} MB for each GB ({each:.0f} bytes a sample); "
+              f"with 20 GB: {at:,.0f} MB")
 
 
 if __name__ == "__main__": main()

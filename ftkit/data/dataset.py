@@ -38,7 +38,7 @@ class DataConfig:
     eval_fraction:float=0.          # Or: this share of the samples, set aside
     on_masked:str="error"           # Samples that teach nothing: error or drop
     weights:tuple=()                # How often an epoch reads each path: 0.5 half of it, 2 twice
-    max_samples:int|None=None       # At most so many rows of each path, drawn by the seed
+    max_samples:int|None=None       # At most so many rows of each path, drawn by draw_seed
     long:str="truncate"             # Long samples: truncate (the end token stays), split, drop
     context:int=0                   # Tokens that each part of a split sample repeats, not learned
     learn:str="all"                 # Replies that are learned: all or last
@@ -46,7 +46,7 @@ class DataConfig:
     group_by_length:bool=False      # Rows of about one length in a batch; for packing=False
     cache:str="auto"                # Keep encoded data: auto, a folder, or off
     workers:int|None=None           # Processes that encode; 0 for none
-    seed:int=0                      # Of what is drawn: held-out samples, max_samples, weights
+    draw_seed:int=0                 # Of what is drawn: held-out samples, max_samples, weights
 
 # %% ../../nbs/39_data.dataset.ipynb #732c25fc
 class Corpus:
@@ -63,9 +63,19 @@ class Corpus:
             self.found = find_layout(self.source.head(100))
         return self.found
 
-    def template(self, name)->Template:
-        "The template for a layout of this name: plain text is rendered as text."
-        text = name == "text" and self.cfg.template == "tokenizer"
+    @cached_property
+    def documents(self)->bool:
+        "Whether the rows are plain text, as the first that can be read tells."
+        convert = converter(self.layout, self.cfg.system, self.source.root)
+        for row,_ in gathered(self.layout, self.source):
+            try: found = convert(row)
+            except FtkitError: continue # it is met again, and told, when all rows are read
+            if found: return found[0].role == "text"
+        return False
+
+    def template(self, documents:bool)->Template:
+        "The template; plain text is rendered as text, whatever chat template a tokenizer has."
+        text = documents and self.cfg.template == "tokenizer"
         return template("text" if text else self.cfg.template, self.tokenizer)
 
 # %% ../../nbs/39_data.dataset.ipynb #c16190d7
@@ -76,7 +86,7 @@ def rows(self:Corpus):
     n = sum(1 for _ in gathered(self.layout, self.source))
     if n <= self.cfg.max_samples: return gathered(self.layout, self.source)
     chosen = np.zeros(n, bool)
-    rng = np.random.default_rng(self.cfg.seed)
+    rng = np.random.default_rng(self.cfg.draw_seed)
     chosen[rng.choice(n, self.cfg.max_samples, replace=False, shuffle=False)] = True
     return (x for x,is_chosen in zip(gathered(self.layout, self.source), chosen) if is_chosen)
 
@@ -86,7 +96,7 @@ def conversations(self:Corpus, notes:dict):
     "Pairs: conversation, place. `notes` counts what is left out."
     notes.update(skipped=0, bad=0, first_bad=None, system=None)
     convert = converter(self.layout, self.cfg.system, self.source.root)
-    render = self.template(as_layout(self.layout).name).render if self.cfg.skip_bad_rows else None
+    render = self.template(self.documents).render if self.cfg.skip_bad_rows else None
     systems,skip = set(),self.cfg.skip_bad_rows
     for row,place in self.rows():
         try:
@@ -127,7 +137,7 @@ def ingredients(self:Corpus)->dict:
     if not isinstance(layout, str) or ":" in layout: layout = function_print(layout)
     if layout is None: return None
     form = None if cfg.template == "tokenizer" else template(cfg.template, self.tokenizer)
-    drawn = None if self.cfg.max_samples is None else [self.cfg.max_samples, cfg.seed]
+    drawn = None if self.cfg.max_samples is None else [self.cfg.max_samples, cfg.draw_seed]
     names = "system max_length long context learn on_masked skip_bad_rows"
     return dict(data=self.source.fingerprint(), layout=layout, drawn=drawn, code=code_print(),
                 template=[cfg.template, form and form.jinja],
@@ -142,11 +152,12 @@ def store(self:Corpus, progress=False)->TokenStore:
         report,cfg = EncodeReport(),self.cfg
         name = as_layout(self.layout).name
         options = {k: getattr(cfg, k) for k in "max_length long context learn workers".split()}
-        yield from encode_batches(self.conversations(meta), self.template(name), self.tokenizer,
-                                  on_masked="drop" if cfg.skip_bad_rows else cfg.on_masked,
+        t,on_masked = self.template(self.documents),"drop" if cfg.skip_bad_rows else cfg.on_masked
+        yield from encode_batches(self.conversations(meta), t, self.tokenizer, on_masked=on_masked,
                                   report=report, progress=progress, **options)
         counts = {k: int(v) for k,v in vars(report).items() if k != "source"}
-        meta.update(layout=name, report=counts, path=str(self.path))
+        meta.update(layout=name, documents=self.documents, report=counts,
+                    path=str(self.path))
         self.check(report, meta)
     return stored(self.ingredients(), make, self.cfg.cache)
 
@@ -309,10 +320,10 @@ def _gathered(cfg, corpora, stores, numbers, tokenizer)->TuningData:
     for r in reports: report += r
     systems = {s.meta["system"] for s in stores}
     layouts = ", ".join(dict.fromkeys(s.meta["layout"] for s in stores))
-    chat = next((s for s in stores if s.meta["layout"] != "text"), stores[0])
-    return TuningData(cfg, encoded, rows, report, corpora[0].template(chat.meta["layout"]),
-                      tokenizer, layouts, sum(s.meta["skipped"] for s in stores),
-                      sum(s.meta["bad"] for s in stores),
+    chat = next((k for k,s in enumerate(stores) if not s.meta["documents"]), 0)
+    t = corpora[chat].template(stores[chat].meta["documents"])
+    skipped,bad = (sum(s.meta[k] for s in stores) for k in ("skipped", "bad"))
+    return TuningData(cfg, encoded, rows, report, t, tokenizer, layouts, skipped, bad,
                       systems.pop() if len(systems) == 1 else None, all(s.cached for s in stores),
                       corpora=corpora)
 
@@ -328,8 +339,8 @@ def load_data(cfg:DataConfig, tokenizer,
     if not cfg.eval_fraction and set(cfg.weights) == {1.}:
         data = _gathered(cfg, corpora, stores, None, tokenizer)
     else:
-        held = hold_out(stores, cfg.eval_fraction, cfg.seed)
-        drawn = [draw(s, ~h, w, cfg.seed + k)
+        held = hold_out(stores, cfg.eval_fraction, cfg.draw_seed)
+        drawn = [draw(s, ~h, w, cfg.draw_seed + k)
                  for k,(s,h,w) in enumerate(zip(stores, held, cfg.weights), 1)]
         data = _gathered(cfg, corpora, stores, drawn, tokenizer)
     if cfg.eval_fraction:
