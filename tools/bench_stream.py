@@ -5,8 +5,8 @@
     python tools/bench_stream.py --option eval_fraction=0.01 --option packing=false
 
 For each size a process of its own writes a synthetic JSONL file, loads it through `load_data`,
-takes a few steps with a tiny model and loads it again. Memory is what cannot be given back without a swap
-file (RssAnon), sampled all along: mapped files are left out, since the system drops them at will.
+takes a few steps with a tiny model and loads it again. Memory is what cannot be given back without
+a swap file (RssAnon), sampled all along: mapped files are left out, since the system may drop them.
 """
 import argparse, json, os, random, shutil, subprocess, sys, tempfile, threading, time
 from pathlib import Path
