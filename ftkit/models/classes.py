@@ -101,14 +101,16 @@ class QwenRotary(nn.Module):
                 ):
         super().__init__()
         self.plain,self.trained,self.alpha = plain,trained,None
+        self.base = plain.config.rope_parameters["rope_theta"]
 
     @torch.no_grad()
     def forward(self, x, position_ids):
         if self.training: return self.plain(x, position_ids)
-        inv_freq,n = self.plain.inv_freq.float(),self.plain.inv_freq.numel()
-        steps = torch.arange(n, device=x.device)/(n - 1) # times d/(d-2): 0 to 1
-        alpha = self._alphas(position_ids)
-        angles = position_ids[...,None]*(inv_freq.to(x.device)*alpha[...,None]**-steps)
+        d = 2*self.plain.inv_freq.numel()
+        exact = torch.float32 if x.device.type == "mps" else torch.float64
+        base = self.base*self._alphas(position_ids).to(exact)**(d/(d - 2))
+        channels = torch.arange(0, d, 2, device=x.device)/d
+        angles = position_ids[...,None]*(1/base.float()[...,None]**channels)
         angles = torch.cat([angles, angles], -1)
         return angles.cos().to(x.dtype), angles.sin().to(x.dtype)
 

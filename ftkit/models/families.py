@@ -75,7 +75,7 @@ def _internlm2_mapping(raw):
                                  raw["hidden_size"]//H),
                     *(rename(f"{new}{n}.*", f"{old}{o}.*") for o,n in names.items()),
                     rename("model.embed_tokens.weight", "model.tok_embeddings.weight"),
-                    rename("lm_head.weight", "output.weight")], ["*.inv_freq"])
+                    rename("lm_head.weight", "output.weight")], [".inv_freq"])
 
 def _internlm2_refuse(raw):
     kind = (raw.get("rope_scaling") or {}).get("type", "dynamic")
@@ -99,7 +99,7 @@ def _llama_mapping(raw):
     norms = zip(("input_layernorm", "post_attention_layernorm"), ("ln1", "ln2"))
     yi = architecture(raw) == "YiForCausalLM"
     return Mapping([rename(f"{layer}{n}.*", f"{layer}{o}.*") for n,o in norms] if yi else [],
-                   ["*.inv_freq"])
+                   [".inv_freq"])
 
 ORIGINALS["InternLMForCausalLM"] = ORIGINALS["YiForCausalLM"] = Family(_llama_config, _llama_mapping)
 
@@ -148,7 +148,7 @@ def _glm_mapping(raw):
     return Mapping([qkv, *(rename(f"{new}{n}.*", f"{old}{o}.*") for n,o in names.items()),
         rename("model.embed_tokens.weight", "transformer.embedding.word_embeddings.weight"),
         rename("model.norm.weight", "transformer.encoder.final_layernorm.weight"),
-        rename("lm_head.weight", "transformer.output_layer.weight")], ["*.inv_freq"])
+        rename("lm_head.weight", "transformer.output_layer.weight")], [".inv_freq"])
 
 def _glm_refuse(raw):
     if raw.get("position_encoding_2d") or "inner_hidden_size" in raw or "num_layers" not in raw:
@@ -196,7 +196,7 @@ def _qwen_mapping(raw):
                     *(rename(f"{new}{n}.*", f"{old}{o}.*") for n,o in names.items()),
                     rename("model.embed_tokens.weight", "transformer.wte.weight"),
                     rename("model.norm.weight", "transformer.ln_f.weight")],
-                   ["*.inv_freq", "*.masked_bias", "transformer.h.*.attn.bias"])
+                   [".inv_freq", ".masked_bias", ".attn.bias"])
 
 def _qwen_refuse(raw):
     for key in ("visual", "audio"):
@@ -227,7 +227,7 @@ def _baichuan_mapping(raw):
     rules = [rows([f"{attention}{x}_proj.*" for x in "qkv"], f"{attention}W_pack.*",
                   [raw["hidden_size"]]*3)]
     if _has_unit_head(raw): rules.append(unit_rows("lm_head.weight", "lm_head.weight"))
-    return Mapping(rules, ["*.inv_freq", "*.alibi_mask", "*.future_mask"])
+    return Mapping(rules, [".inv_freq", ".alibi_mask", ".future_mask"])
 
 def _baichuan_refuse(raw):
     if raw.get("z_loss_weight"): return f"its loss has a z-loss (z_loss_weight={raw['z_loss_weight']})"
@@ -248,7 +248,7 @@ def _minicpm_config(raw):
                 attention_multiplier=(raw["hidden_size"]//H)**-0.5,
                 **_rope(raw.get("rope_theta", 10000), raw.get("rope_scaling")))
 
-def _minicpm_mapping(raw): return Mapping([], ["*.inv_freq"])
+def _minicpm_mapping(raw): return Mapping([], [".inv_freq"])
 
 def _minicpm_refuse(raw):
     if raw.get("num_experts"): return "it is a MiniCPM with experts (MiniCPM-MoE)"
@@ -276,8 +276,8 @@ def _expert_mapping(raw, names):
                                 [f"{one}{gate}.weight", f"{one}{up}.weight"], count),
                         experts(f"{layer}{new}experts.down_proj", [f"{one}{down}.weight"], count),
                         *([rename(f"{layer}{new}gate.weight", f"{layer}{old}gate.weight")]
-                          if old != new else [])], ["*.inv_freq"])
-    return Mapping([], ["*.inv_freq", "*.masked_bias"])
+                          if old != new else [])], [".inv_freq"])
+    return Mapping([], [".inv_freq", ".masked_bias"])
 
 def _native_refuse(raw):
     "What transformers reads over in a configuration that it takes."

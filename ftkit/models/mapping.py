@@ -85,14 +85,14 @@ class Mapping:
     "The rules of a family."
     def __init__(self,
                  rules=(),  # Of several rules for a name the first holds
-                 ignored=() # Patterns of original names that are no weights
+                 ignored=() # Endings of original names that are no weights
                 ):
-        self.rules,self._ignored = list(rules),[_pattern(p) for p in ignored]
+        self.rules,self._ignored = list(rules),tuple(ignored)
         self._of = [(_pattern(p), r) for r in self.rules for p in r.native]
 
     def ignores(self, name:str)->bool:
         "Whether an original tensor is no weight."
-        return any(p.fullmatch(name) for p in self._ignored)
+        return name.endswith(self._ignored)
 
     def groups(self, names)->list: # Of `Group`, in the order of the names
         "Sort native names into groups."
