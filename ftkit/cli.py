@@ -170,7 +170,8 @@ def _chat(args):
         print()
 
 def _merge(args):
-    print(ft.merge(args.base, args.adapter, args.out, args.max_shard_size, args.device))
+    print(ft.merge(args.base, args.adapter, args.out, args.max_shard_size, args.device,
+                   args.layout))
 
 def _pth_to_hf(args):
     r = ft.load_recipe(args.recipe).set(**_changes(args))
@@ -195,7 +196,8 @@ VERBS |= {
                           "convert merge nano runs/mine merged", [
         option("BASE", "nano, a folder or a hub name"), option("ADAPTER", _FOLDER), _OUT,
         option("--max-shard-size", "largest file of weights", "5GB"),
-        option("--device", "where to compute", "cpu")], _merge),
+        option("--device", "where to compute", "cpu"),
+        option("--layout", "native, or original: that of the base's authors", "native")], _merge),
     "convert pth_to_hf": Verb("Make an adapter folder of a checkpoint of ftkit or XTuner.",
                               "convert pth_to_hf my_recipe.py epoch_3.pth adapter", [
         _WHAT, option("CHECKPOINT", "a folder, or a .pth file of XTuner"), _OUT, _SET], _pth_to_hf)}

@@ -327,10 +327,10 @@ def native_config(folder): # A transformers configuration
     family = ORIGINALS.get(architecture(raw))
     if family or raw["model_type"] == "ftkit_alibi": import ftkit.models.classes # known from now on
     try:
-        if family is None: return AutoConfig.from_pretrained(folder, trust_remote_code=False,
-                                                             local_files_only=True)
-        args = family.config(raw)
-        return AutoConfig.for_model(**args, original_config=raw, architectures=None)
+        if family: return AutoConfig.for_model(**family.config(raw), original_config=raw)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        if hasattr(config, "auto_map"): del config.auto_map # no code comes along, so none is named
+        return config
     except KeyError as e:
         if family is None: raise
         raise FtkitError(f"the entry {e} is missing", where=where) from e

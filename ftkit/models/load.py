@@ -228,10 +228,12 @@ def save_model(model,
                folder,           # New, empty, or saved by ftkit before (then it is replaced)
                base=None,        # What an adapter belongs to; by default the model that was loaded
                system:str=None,  # System message of the training, which chat then uses too
-               max_shard_size="5GB" # Largest file of full weights
+               max_shard_size="5GB", # Largest file of full weights
+               layout:str="native"   # "native", or "original" for that of the model's authors
               )->Path:
     "Save a model with all that its use needs: the adapter if it has LoRA layers, else all weights."
-    folder = Path(folder)
+    if layout not in _WRITERS: raise unknown_name("layout", layout, _WRITERS)
+    folder,write = Path(folder),_WRITERS["native" if lora_layers(model) else layout]
     notes = dict(format=1, base=_portable(base or model.name_or_path),
                  template=template and template.name, system=system)
     if not lora_layers(model): _check_name(folder.name, notes["template"])
@@ -239,9 +241,8 @@ def save_model(model,
         if is_adapter(folder) or (folder/"config.json").exists():
             raise FtkitError("another model is in this folder", where=folder,
                              fix="Choose a new folder")
-        return _write_model(model, tokenizer, template, folder, notes, max_shard_size)
-    with new_folder(folder) as d:
-        _write_model(model, tokenizer, template, d, notes, max_shard_size)
+        return write(model, tokenizer, template, folder, notes, max_shard_size)
+    with new_folder(folder) as d: write(model, tokenizer, template, d, notes, max_shard_size)
     return folder
 
 # %% ../../nbs/46_models.load.ipynb #9d045285
@@ -260,9 +261,7 @@ def _check_name(name, template):
 # %% ../../nbs/46_models.load.ipynb #4cbca713
 def _write_model(model, tokenizer, template, folder, notes, max_shard_size):
     from transformers import GenerationConfig
-    stop = template.stop_ids(tokenizer) if template else tokenizer.eos_token_id
-    generation = GenerationConfig(eos_token_id=stop, bos_token_id=tokenizer.bos_token_id,
-                                  pad_token_id=tokenizer.pad_token_id)
+    generation = GenerationConfig(**_ends(tokenizer, template))
     with _disk_errors(), quiet():
         if lora_layers(model):
             save_adapter(model, folder, notes["base"])
@@ -272,10 +271,21 @@ def _write_model(model, tokenizer, template, folder, notes, max_shard_size):
                 model.save_pretrained(folder, max_shard_size=max_shard_size)
         jinja = template.jinja if template else tokenizer.chat_template
         with _changed(tokenizer, chat_template=jinja): tokenizer.save_pretrained(folder)
-        (folder/"ftkit.json").write_text(json.dumps(notes, indent=2) + "\n", encoding="utf-8")
+        return _write_notes(folder, notes)
+
+def _ends(tokenizer, template):
+    "Where a reply ends, and the ids that programs ask for besides."
+    stop = template.stop_ids(tokenizer) if template else tokenizer.eos_token_id
+    return dict(eos_token_id=stop, bos_token_id=tokenizer.bos_token_id,
+                pad_token_id=tokenizer.pad_token_id)
+
+def _write_notes(folder, notes):
+    _write_json(folder/"ftkit.json", notes)
     for f in folder.glob("*.safetensors"): # safetensors hides its files from other users
         f.chmod((folder/"ftkit.json").stat().st_mode & 0o777)
     return folder
+
+def _write_json(file, what): file.write_text(json.dumps(what, indent=2) + "\n", encoding="utf-8")
 
 @contextmanager
 def _changed(thing, **values):
@@ -286,6 +296,27 @@ def _changed(thing, **values):
         yield thing
     finally:
         for k,v in before.items(): setattr(thing, k, v)
+
+# %% ../../nbs/46_models.load.ipynb #9a659bf0
+_TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json",
+                    "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt",
+                    "merges.txt", "ice_text.model", "chat_template.jinja")
+
+def _write_original(model, tokenizer, template, folder, notes, max_shard_size):
+    base = local_folder(notes["base"], weights=False)
+    with _disk_errors(): save_original(model, folder, max_shard_size)
+    for f in [*(base/n for n in _TOKENIZER_FILES), *base.glob("*.tiktoken")]:
+        if f.exists(): shutil.copyfile(f, folder/f.name)
+    settings,generation = folder/"tokenizer_config.json",base/"generation_config.json"
+    if template and settings.exists():
+        _write_json(settings, {**read_json(settings), "chat_template": template.jinja})
+        (folder/"chat_template.jinja").unlink(missing_ok=True)
+    before = read_json(generation) if generation.exists() else {}
+    if tokenizer: before |= _ends(tokenizer, template)
+    _write_json(folder/"generation_config.json", before)
+    return _write_notes(folder, notes)
+
+_WRITERS = dict(native=_write_model, original=_write_original)
 
 # %% ../../nbs/46_models.load.ipynb #924a3eb1
 @contextmanager
