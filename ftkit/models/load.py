@@ -19,7 +19,7 @@ from ..lora.inject import lora_layers
 from ..lora.io import adapter_config, load_adapter, save_adapter
 from .checkpoint import is_adapter, read_header, stored_dtype, weight_headers
 from .families import architecture, check_config, native_config
-from .stream import check_match, load_exactly, quiet, save_original
+from .stream import check_match, load_exactly, quiet, save_original, usable_attention
 from ..nano.base import nano_path
 
 # %% ../../nbs/46_models.load.ipynb #7a9aea4c
@@ -100,9 +100,10 @@ def _load_base(folder, dtype, device, attn):
 
 def _load_by_transformers(folder, dtype, device, attn):
     from transformers import AutoModelForCausalLM
+    config = native_config(folder)
     with quiet():
         model,info = AutoModelForCausalLM.from_pretrained(
-            folder, config=native_config(folder), dtype=dtype, attn_implementation=attn,
+            folder, config=config, dtype=dtype, attn_implementation=usable_attention(config, attn),
             device_map={"": device}, trust_remote_code=False, local_files_only=True,
             output_loading_info=True, ignore_mismatched_sizes=True)
     names = dict(missing="missing_keys", unknown="unexpected_keys", misshapen="mismatched_keys")
