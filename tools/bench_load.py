@@ -1,7 +1,7 @@
-"""From a folder in 16 bits to a model in 4 bits on the GPU: ftkit beside transformers + bitsandbytes.
+"""A folder in 16 bits becomes a model in 4 bits: ftkit beside transformers + bitsandbytes.
 
     python tools/bench_load.py FOLDER                      a model that is there
-    python tools/bench_load.py FOLDER --make llama2-7b     make one of that shape first, random weights
+    python tools/bench_load.py FOLDER --make llama2-7b     make one of that shape first
     python tools/bench_load.py FOLDER --tiny --device cpu  a smoke test
 
 Each contender runs in a process of its own, turn by turn, after one reading of all files that is
