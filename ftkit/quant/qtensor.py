@@ -198,7 +198,7 @@ def tensors(self:QTensor,
         out |= {".nested_absmax": self.nested_absmax,
                 ".nested_quant_map": dynamic_map(self.device).clone()}
         facts |= dict(nested_blocksize=NESTED, nested_dtype="float32",
-                      nested_offset=self.offset.item())
+                      nested_offset=0.0 if self.offset.is_meta else self.offset.item())
     packed = torch.tensor(list(json.dumps(facts).encode()), dtype=torch.uint8, device=self.device)
     out[f".quant_state.bitsandbytes__{self.kind}"] = packed
     return {f"{prefix}{name}{k}": v for k,v in out.items()}
