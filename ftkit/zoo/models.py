@@ -14,17 +14,17 @@ class BaseModel:
     "A model to start from."
     name:str       # What recipes call it
     path:str       # Its name on the hub
-    chat:bool      # Whether its authors tuned it for chats; else it only continues text
+    kind:str       # base (continues text), chat (tuned for chats), reward or vision
     billions:float # Parameters, in billions
     dtype:str      # 16-bit type that its weights are published in: bf16 or fp16; "-" if unknown
-    template:str   # How conversations are written out: a name, or "tokenizer" for its own
+    template:str   # How conversations are written out: a name, or "tokenizer" for its own; "-" none
 
 # %% ../../nbs/76_zoo.models.ipynb #ae7ae724
-def read_models(table:str # Lines of: base or chat, name, billions, dtype, template, path
+def read_models(table:str # Lines of: kind, name, billions, dtype, template, path
                )->dict:   # Name → `BaseModel`
     "The models in the lines of a table."
     rows = [line.split() for line in table.splitlines() if line.strip()]
-    return {name: BaseModel(name, path, kind == "chat", float(size), dtype, form)
+    return {name: BaseModel(name, path, kind, float(size), dtype, form)
             for kind,name,size,dtype,form,path in rows}
 
 # %% ../../nbs/76_zoo.models.ipynb #147279d4
@@ -118,6 +118,22 @@ base  starcoder               15.5 -     default       bigcode/starcoder
 chat  cohere_100b             104  fp16  cohere_chat   CohereForAI/c4ai-command-r-plus
 """
 
+# %% ../../nbs/76_zoo.models.ipynb #b93fbcb6
+_SPECIAL = """
+chat    vicuna_7b_v15     6.7  fp16  vicuna  lmsys/vicuna-7b-v1.5
+chat    vicuna_13b_v15    13.0 fp16  vicuna  lmsys/vicuna-13b-v1.5
+reward  polar_1_8b        1.9  bf16  -       internlm/POLAR-1_8B-Base
+reward  polar_7b          7.7  bf16  -       internlm/POLAR-7B-Base
+vision  internvl_v1_5_internlm2_2b   2.2  bf16 internlm2_chat OpenGVLab/Mini-InternVL-Chat-2B-V1-5
+vision  internvl_v1_5_phi3_4b        4.1  bf16 phi3_chat      OpenGVLab/Mini-InternVL-Chat-4B-V1-5
+vision  internvl_v1_5_internlm2_26b  25.5 bf16 internlm2_chat OpenGVLab/InternVL-Chat-V1-5
+vision  internvl_v2_internlm2_2b     2.2  bf16 internlm2_chat OpenGVLab/InternVL2-2B
+vision  internvl_v2_phi3_4b          4.1  bf16 phi3_chat      OpenGVLab/InternVL2-4B
+vision  internvl_v2_internlm2_5_8b   8.1  bf16 internlm2_chat OpenGVLab/InternVL2-8B
+vision  internvl_v2_internlm2_26b    25.5 bf16 internlm2_chat OpenGVLab/InternVL2-26B
+vision  clip_vit_large_p14_336       0.4  -    -   openai/clip-vit-large-patch14-336
+"""
+
 # %% ../../nbs/76_zoo.models.ipynb #1bd73993
 _NEWER = """
 chat  qwen2_5_0_5b_instruct   0.5  bf16  tokenizer  Qwen/Qwen2.5-0.5B-Instruct
@@ -133,7 +149,7 @@ chat  llama3_2_1b_instruct    1.2  bf16  tokenizer  meta-llama/Llama-3.2-1B-Inst
 chat  llama3_2_3b_instruct    3.2  bf16  tokenizer  meta-llama/Llama-3.2-3B-Instruct
 """
 
-BASE_MODELS = read_models(_LLAMA + _INTERNLM + _QWEN + _OTHERS + _NEWER)
+BASE_MODELS = read_models(_LLAMA + _INTERNLM + _QWEN + _OTHERS + _SPECIAL + _NEWER)
 
 # %% ../../nbs/76_zoo.models.ipynb #12dac054
 NO_SYSTEM = ("chatglm2", "gemma") # Templates that refuse a system message

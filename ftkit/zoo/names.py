@@ -17,8 +17,7 @@ from .models import BASE_MODELS, NO_SYSTEM
 # %% ../../nbs/78_zoo.names.ipynb #4552c942
 def _options(m):
     "What a recipe says for the sake of its model."
-    kind = "chat" if m.chat else "base"
-    return {"about": f"{m.path} ({m.billions:g} B, {kind}, {m.dtype})", "model.path": m.path,
+    return {"about": f"{m.path} ({m.billions:g} B, {m.kind}, {m.dtype})", "model.path": m.path,
             "data.template": m.template, **({"data.system": ""} if m.template in NO_SYSTEM else {}),
             "data.max_length": 2048, "train.batch_size": 1, "train.accumulate": 16,
             "train.precision": "auto", "train.gradient_checkpointing": True,
@@ -29,7 +28,7 @@ _NANO = {"model.path": "nano", "train.batch_size": 1, "data.max_length": 512, "d
 MODELS = {
     "nano": {"about": "the built-in model", **_NANO},
     "nano_scratch": {"about": "the built-in model with random weights", "scratch": True, **_NANO},
-    **{m.name: _options(m) for m in BASE_MODELS.values()}}
+    **{m.name: _options(m) for m in BASE_MODELS.values() if m.kind in ("base", "chat")}}
 
 # %% ../../nbs/78_zoo.names.ipynb #0b914017
 _ADAM = {"optim.betas": (0.9, 0.999), "optim.weight_decay": 0., "optim.warmup_ratio": 0.03,
