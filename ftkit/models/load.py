@@ -86,6 +86,7 @@ class ModelConfig:
     dtype:str = "auto"  # Type of the weights: auto, fp32, bf16, fp16
     device:str = "auto" # auto, cpu, cuda, mps
     attn:str = "sdpa"   # Attention: sdpa, eager, flash_attention_2
+    bits:int = None     # Bits of each frozen weight: 4, 8, or None for those that it has
 
 # %% ../../nbs/46_models.load.ipynb #891c759f
 def _load_base(folder, dtype, device, attn):
