@@ -302,7 +302,8 @@ def check_config(folder)->dict: # The contents of config.json
                                 fix="Use another version of the model")
     if family is None and kind not in (*known, "ftkit_alibi"):
         raise _foreign(kind, "auto_map" in raw, known, where)
-    if (method := (raw.get("quantization_config") or {})): raise _quantized(method, where)
+    how = raw.get("quantization_config")
+    if how and (family or not _is_ours(how)): raise _quantized(how, where)
     return raw
 
 # %% ../../nbs/43_models.families.ipynb #5b562406
@@ -313,6 +314,9 @@ def _foreign(kind, has_code, known, where):
                           fix="Use a version of the model that transformers supports itself")
     return FtkitError(unknown_name("model type", kind, known).problem, where=where,
                       fix="It may be no causal language model, or need a newer transformers")
+
+def _is_ours(how): # the four bits of bitsandbytes, which ftkit writes as well
+    return how.get("quant_method", "bitsandbytes") == "bitsandbytes" and how.get("load_in_4bit")
 
 def _quantized(how, where):
     name = how.get("quant_method") or ("bitsandbytes" if "load_in_4bit" in how else "an unknown method")

@@ -21,6 +21,7 @@ from .checkpoint import is_adapter, read_header, stored_dtype, weight_headers
 from .families import architecture, check_config, native_config
 from .stream import check_match, load_exactly, quiet, save_original, usable_attention
 from ..nano.base import nano_path
+from ..quant.linear import quantize_model
 
 # %% ../../nbs/46_models.load.ipynb #7a9aea4c
 def resolve(path)->"Path|str": # A folder, or the id of a model on the hub
@@ -89,12 +90,14 @@ class ModelConfig:
     bits:int = None     # Bits of each frozen weight: 4, 8, or None for those that it has
 
 # %% ../../nbs/46_models.load.ipynb #891c759f
-def _load_base(folder, dtype, device, attn):
+def _load_base(folder, dtype, device, attn, bits=None):
     if attn.startswith("flash"): need("flash_attn", "flash-attn", f"attn={attn}")
     check_config(folder)
     try:
-        model = load_exactly(folder, dtype, device, attn)
-        return model if model is not None else _load_by_transformers(folder, dtype, device, attn)
+        model = load_exactly(folder, dtype, device, attn, bits)
+        if model is not None: return model
+        model = _load_by_transformers(folder, dtype, device, attn)
+        return quantize_model(model, bits, compute_dtype=dtype) if bits else model
     except (ValueError, OSError, RuntimeError, ImportError, TypeError, AttributeError) as e:
         if isinstance(e, torch.OutOfMemoryError): raise
         raise FtkitError(f"transformers cannot load this model: {e}", where=folder) from e
@@ -157,7 +160,8 @@ def load_model(path="nano",    # "nano", a folder (model, adapter, checkpoint, w
                device="auto",  # auto, cpu, cuda, mps
                attn="sdpa",    # Attention: sdpa, eager, flash_attention_2
                trainable_adapter:bool=False, # Go on training the adapter
-               adapter=None    # Put this adapter on the base `path`, whichever base it names
+               adapter=None,   # Put this adapter on the base `path`, whichever base it names
+               bits:int=None   # Quantize while loading to 4 or 8 bits; None leaves weights as they are
               ): # A transformers model in eval mode; an adapter is in it as `LoraLinear` layers
     "Load a causal language model, checked before its weights are read."
     folder = local_folder(path)
@@ -170,9 +174,11 @@ def load_model(path="nano",    # "nano", a folder (model, adapter, checkpoint, w
                              fix="Merge that one first")
     device = pick_device(device)
     dtype = pick_dtype(dtype, device)
+    if bits not in (None, 4, 8):
+        raise FtkitError(f"{bits!r} bits can't be had", where="bits", fix="Use 4, 8 or None")
     weight_headers(folder)
     if adapter is not None: adapter = _fitting(local_folder(adapter), folder)
-    model = _load_base(folder, dtype, device, attn)
+    model = _load_base(folder, dtype, device, attn, bits)
     model.name_or_path = model.config.name_or_path = _portable(resolve(path))
     return model if adapter is None else load_adapter(model, adapter, trainable_adapter)
 

@@ -4,11 +4,13 @@
 
 # %% auto #0
 __all__ = ['quiet', 'usable_attention', 'skeleton', 'tied_names', 'wanted_state', 'compare', 'settle_ties', 'fill', 'put',
-           'loading_bar', 'load_exactly', 'save_original', 'original_config']
+           'loading_bar', 'quantizer', 'put_quantized', 'load_exactly', 'save_original', 'original_config']
 
 # %% ../../nbs/45_models.stream.ipynb #5a56ac30
 import json, re, sys
 from contextlib import contextmanager
+from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 import torch
 from torch import nn
@@ -17,6 +19,8 @@ from ..lora.inject import lora_layers
 from .checkpoint import Checkpoint, read_ahead, write_weights
 from .families import ORIGINALS, architecture, check_config, mapping_of, native_config
 from .mapping import original_shapes, to_original
+from ..quant.linear import QLinear, quantize_model
+from ..quant.qtensor import QTensor, quantization_config
 
 # %% ../../nbs/45_models.stream.ipynb #62bdabc9
 @contextmanager
@@ -115,18 +119,22 @@ def fill(model,            # From `skeleton`, changed in place
     "Read all weights into a model, one group of tensors at a time."
     state,device = wanted_state(model),torch.device(device)
     groups,sums = mapping.groups(state),[]
-    order = [n for g in groups for n in g.original]
+    order = [part for g in groups for n in g.original for part in files.parts(n)]
     read = lambda name: files.read(name, pin=device.type == "cuda")
     with loading_bar(sum(map(files.size, order))) as advance:
         tensors = read_ahead(read, order, files.size)
+        def source(name):
+            "A tensor of the files on its device; a quantized one in its parts."
+            found = {n: t.to(device, non_blocking=True) for n,t in islice(tensors, len(files.parts(name)))}
+            advance(sum(map(files.size, found)))
+            if len(found) > 1: return QTensor.from_tensors(found, name.removesuffix("weight"))
+            if found[name].is_floating_point(): sums.append((name, found[name].sum(dtype=torch.float32)))
+            return found[name]
         for g in groups:
-            sources = []
-            for name in g.original:
-                sources.append(next(tensors)[1].to(device, non_blocking=True))
-                advance(files.size(name))
-                if sources[-1].is_floating_point(): sums.append((name, sources[-1].sum(dtype=torch.float32)))
-            for name,t in zip(g.native, g.split(sources)):
-                if not (place and place(model, name, t)): put(model, name, t.to(_dtype(model, name, state[name])))
+            for name,t in zip(g.native, g.split([source(n) for n in g.original])):
+                if isinstance(t, QTensor): put_quantized(model, name, replace(t, dtype=state[name].dtype))
+                elif not (place and place(model, name, t.to(state[name].dtype))):
+                    put(model, name, t.to(_dtype(model, name, state[name])))
     _check_finite(sums, files)
     return _finish(model, device)
 
@@ -162,7 +170,7 @@ def _finish(model, device):
         for n,b in m._buffers.items():
             if b is not None and b.device != device: m._buffers[n] = b.to(device)
     model.tie_weights()
-    lost = [n for n,p in model.named_parameters() if p.is_meta]
+    lost = [n for n,p in (*model.named_parameters(), *model.named_buffers()) if p.is_meta]
     if lost: raise FtkitError(f"{lost[0]} was not filled; this is a fault of ftkit", where="fill")
     return model
 
@@ -182,7 +190,38 @@ def loading_bar(total:int # Bytes
         yield lambda n: bar.advance(task, n)
 
 # %% ../../nbs/45_models.stream.ipynb #60e9248e
-def load_exactly(folder, dtype=torch.float32, device="cpu", attn="sdpa", place=None):
+def quantizer(model,
+              bits:int,  # 4, or 8 through bitsandbytes
+              **how      # Options of `quantize_model`
+             )->callable: # For `fill`
+    "Quantize linear layers while they are filled."
+    if bits not in (4, 8): raise FtkitError(f"{bits!r} bits can't be had", where="bits", fix="Use 4 or 8")
+    head = model.get_output_embeddings()
+    def place(model, name, t):
+        parent,_,last = name.rpartition(".")
+        old = model.get_submodule(parent)
+        if last != "weight" or type(old) is not nn.Linear or old is head: return False
+        holder = nn.Sequential(nn.Linear(old.in_features, old.out_features, False, "meta", t.dtype))
+        holder[0].weight = nn.Parameter(t, False)
+        quantize_model(holder, bits, skip=[], **how)
+        holder[0].bias = old.bias
+        model.set_submodule(parent, holder[0].train(old.training))
+        return True
+    return place
+
+def put_quantized(model, name:str, q:QTensor)->None:
+    "Replace the linear layer of a weight by one that holds it in four bits."
+    parent = name.removesuffix(".weight")
+    old = model.get_submodule(parent)
+    if not isinstance(old, nn.Linear):
+        raise FtkitError(f"{name} is quantized, and belongs to a {type(old).__name__}", where="fill")
+    new = QLinear(old.in_features, old.out_features, False, "meta", q.dtype, q.kind, q.block, q.double)
+    new.load_qtensor(q)
+    new.bias = old.bias
+    model.set_submodule(parent, new.train(old.training))
+
+# %% ../../nbs/45_models.stream.ipynb #8d4c4a40
+def load_exactly(folder, dtype=torch.float32, device="cpu", attn="sdpa", bits=None):
     "The model in a folder; None if its names are not those that are wanted, nor explained by rules."
     files,config = Checkpoint(folder),native_config(folder)
     mapping = mapping_of(check_config(folder), files)
@@ -192,7 +231,10 @@ def load_exactly(folder, dtype=torch.float32, device="cpu", attn="sdpa", place=N
     if any(faults.values()):
         if _transformers_converts(model, faults): return None
         check_match(faults, folder)
-    model = fill(model, mapping, files, device, place)
+    if bits and files.packed: raise FtkitError("its weights are quantized already", where=folder,
+                                               fix=f"Leave out bits={bits}")
+    model = fill(model, mapping, files, device, quantizer(model, bits) if bits else None)
+    if bits: config.quantization_config = quantization_config(bits, compute_dtype=dtype)
     if getattr(config, "original_config", None): model.extra_tensors = _extras(model, mapping, files)
     return model
 
@@ -238,6 +280,9 @@ def original_config(model)->dict:
         raise FtkitError("this model did not come in a layout of its own", where=model.name_or_path,
                          fix="Save it natively")
     if lora_layers(model): raise FtkitError("it has LoRA layers", fix="Merge them first")
+    if getattr(model.config, "quantization_config", None):
+        raise FtkitError("its weights are quantized, and the original layout knows no such weights",
+                         fix="Load it without bits")
     vocab = model.get_input_embeddings().weight.shape[0]
     raw |= {k: vocab for k in ("vocab_size", "padded_vocab_size") if k in raw}
     for key in ("torch_dtype", "dtype"):
