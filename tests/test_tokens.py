@@ -176,7 +176,7 @@ def test_tokens_around_turns_of_a_tokenizers_own_template():
     assert e.ids[:len(prompt)] == prompt
     one = JinjaTemplate(toy(weak=["<|User|>"], chat_template=(
         "{% if messages | length > 2 %}{{ raise_exception('one question') }}{% endif %}" + DEEP)))
-    assert one.around == ""                                     # cannot be asked
+    assert one.around == "<|Assistant|>"                        # no second question can be asked
 
 
 def test_a_prompt_that_writes_what_the_reply_begins_with():

@@ -141,12 +141,13 @@ def _plain_tail(self:JinjaTemplate):
 # %% ../../nbs/26_data.jinja.ipynb #4d732c5b
 @patch
 def _between_replies(self:JinjaTemplate)->str:
-    "What stands between a reply and the next, the question aside, up to the token that begins it."
-    answer,begin = Message("assistant", "y"),self._all.match(self._header.lstrip())
+    "What stands between a reply and the next, the question aside."
+    answer = Message("assistant", "y")
+    prompts = self._write([_ASKS], True),self._write([_ASKS, answer]) # one may have more to it
+    begin = os.path.commonprefix([p.partition(_ASKS.content)[2] for p in prompts])
     try: after = self._tail(answer, _ASKS) or ""
     except FtkitError: after = "" # it may have room for one question only
-    always = begin and begin[0] in self._write([_ASKS, answer])
-    return after.replace(_ASKS.content, "") + (begin[0] if always else "")
+    return after.replace(_ASKS.content, "") + begin
 
 @patch
 def _probe(self:JinjaTemplate):
