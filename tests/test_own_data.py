@@ -15,6 +15,7 @@ from ftkit.data.files import read_rows
 from ftkit.data.formats import find_layout, to_messages
 from ftkit.data.messages import Message
 from ftkit.data.pairs import to_feedback, to_pairs
+from ftkit.data.preview import preview
 from ftkit.models.load import load_tokenizer
 
 ROOT = Path(__file__).parents[1]
@@ -240,3 +241,26 @@ def test_log_dataset_of_files(here, capsys):
         assert code == 1 and "recipe" not in err and name.removeprefix("./") in err, err
     code, _, err = run("nano_lora_colours_e4")
     assert code == 1 and "Did you mean 'nano_lora_colors_e4'" in err
+
+
+# --- the preview ---------------------------------------------------------------------------------
+
+def test_the_preview_of_a_conversation_tells_its_weight():
+    c, = to_messages([dict(messages=talk("q", "y"), sample_weight=.5)])
+    view = preview(c, load_tokenizer("nano"))
+    assert "with weight 0.5" in str(view) and "· learned · counts 0.5" in view._repr_html_()
+    assert {t.weight for t in view.tokens if t.learned} == {.5}
+
+
+def test_the_preview_ends_with_a_whole_character():
+    nano = load_tokenizer("nano")
+    c, = to_messages([dict(messages=talk("q", "你好🐦"*40))])
+    whole = preview(c, nano)
+    for n in range(1, 60):
+        view = preview(c, nano, max_tokens=n)
+        assert "\ufffd" not in str(view) and n - 4 < sum(len(t.ids) for t in view.tokens) <= n
+        assert view.more + sum(len(t.ids) for t in view.tokens) == sum(
+            len(t.ids) for t in whole.tokens)
+        assert "".join(t.text for t in whole.tokens).startswith("".join(t.text for t in view.tokens))
+    c, = to_messages([dict(messages=talk("q", "\ufffd"*90))])     # a text that has this sign
+    assert sum(len(t.ids) for t in preview(c, nano, max_tokens=50).tokens) > 46
