@@ -248,7 +248,8 @@ def _checked_data(self:JinjaTemplate, text, messages, gen, tools):
     for i,m in enumerate(messages):
         if i in seen or not (m.content.strip() or m.tool_calls): continue
         if not self._leaves_out(text, messages, i, gen, tools): continue
-        raise _refuse(f"the tokenizer's chat template leaves out message {i+1} ({m.role})",
+        calls = ", which calls a tool" if m.tool_calls else ""
+        raise _refuse(f"the tokenizer's chat template leaves out message {i+1} ({m.role}){calls}",
                       "Remove the message, or choose another template")
     if tools and len(messages) not in seen and self._write(messages, gen) == text:
         raise _refuse("the tokenizer's chat template does not know tools",
