@@ -1,9 +1,11 @@
 "Every name of XTuner's: it becomes the recipe that it says, or is refused for one of a few reasons."
-import re, shutil, subprocess, sys, time
+import functools, os, re, shutil, subprocess, sys, time
 from collections import Counter
+from fnmatch import fnmatchcase
 from itertools import product
 from pathlib import Path
 
+import fastcore.docments
 import pytest
 
 import ftkit
@@ -13,7 +15,7 @@ from ftkit.data.formats import layouts, to_messages
 from ftkit.recipes import _checked, render
 from ftkit.zoo.datasets import DATASETS, HOW_TO_GET
 from ftkit.zoo.models import BASE_MODELS
-from ftkit.zoo.names import METHODS, MODELS, REFUSED, TUNED, _fits, list_recipes, read_name
+from ftkit.zoo.names import METHODS, MODELS, REFUSED, TUNED, _fits, _respelled, list_recipes, read_name
 
 HERE = Path(__file__).parent
 INVENTORY = HERE.parents[1]/"shared/xtuner.md"
@@ -227,8 +229,6 @@ def test_the_tables_name_what_exists():
         assert {*as_tuple(row.get("data.layout", "auto"))} <= kinds, name
         assert {*row.get("models", ())} <= {*MODELS} and {*row.get("methods", ())} <= {*METHODS}
     everything = [*NAMES, *list_recipes()]
-    from fnmatch import fnmatchcase
-    from ftkit.zoo.names import _respelled
     spelled = [_respelled(n) for n in everything]
     for pattern in TUNED: assert any(fnmatchcase(n, pattern) for n in spelled), pattern
 
@@ -277,8 +277,9 @@ SAMPLE = sorted({*(f"{m}_{me}_{d}_e{DATASETS[d]['epochs']}" for me, d in product
                  *list_recipes()[::131], *TRAINABLE[::12]})
 
 
-def test_recipes_survive_their_files(tmp_path):
-    for n, name in enumerate(SAMPLE):
+def test_recipes_survive_their_files(tmp_path, monkeypatch):
+    monkeypatch.setattr(fastcore.docments, "docments", functools.cache(fastcore.docments.docments)) # slow
+    for name in SAMPLE:
         r = ftkit.recipe(name)
         (tmp_path/"r.py").write_text(render(r), encoding="utf-8")
         assert ftkit.load_recipe(tmp_path/"r.py") == r, name
@@ -324,7 +325,7 @@ def test_lists_and_suggestions_are_quick(capsys):
 
 def test_on_a_screen_the_words_of_names_are_shown(capsys, monkeypatch):
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
-    monkeypatch.setattr(shutil, "get_terminal_size", lambda *_: __import__("os").terminal_size((80, 24)))
+    monkeypatch.setattr(shutil, "get_terminal_size", lambda *_: os.terminal_size((80, 24)))
     assert main(["list-cfg"]) == 0
     out, err = capsys.readouterr()
     assert max(map(len, out.splitlines())) <= 80 and len(out.splitlines()) < 60
