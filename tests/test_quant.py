@@ -29,7 +29,8 @@ pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWa
 DTYPES = torch.float32, torch.float16, torch.bfloat16
 SHAPES = (1,), (3, 5), (64, 64), (7, 129), (130, 100), (3, 63, 5)
 IDS = torch.randint(0, 128, (2, 9), generator=torch.Generator().manual_seed(0))
-SIZES = dict(vocab_size=128, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
+# rows are whole blocks: on a CPU with AVX512 bitsandbytes misreads the scales of others
+SIZES = dict(vocab_size=128, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
              num_attention_heads=4, num_key_value_heads=2)
 cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -63,8 +64,7 @@ def test_codes_and_scales(kind, dtype):
         codes, state = bnb.functional.quantize_4bit(w, blocksize=block, quant_type=kind)
         ours = quantize_blocks(w, kind, block)
         assert torch.equal(ours[0], codes) and torch.equal(ours[1], state.absmax), (block, shape)
-        # its AVX512 program mistakes the scale where a row is shorter than a block
-        if shape[-1] % block and shape[-1] % 2 == 0: continue
+        if shape[-1] % block and shape[-1] % 2 == 0: continue  # see SIZES
         theirs = bnb.functional.dequantize_4bit(codes, state).reshape(shape)
         assert torch.equal(dequantize_blocks(*ours, shape, kind, block, dtype), theirs)
 
@@ -382,11 +382,7 @@ def test_our_folder_loads_with_bitsandbytes(kind, tmp_path):
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path/"ours").train()
     layers = {n: m for n, m in theirs.named_modules() if isinstance(m, bnb.nn.Linear4bit)}
     assert len(layers) == 14
-    x = torch.randn(3, 64, dtype=torch.bfloat16)
-    for name, layer in layers.items():
-        if layer.in_features == 64:
-            assert torch.equal(layer(x), ours.get_submodule(name)(x)), name
-    assert_close(theirs(IDS).logits, ours(IDS).logits, rtol=0.01, atol=0.01)
+    assert torch.equal(theirs(IDS).logits, ours(IDS).logits)
 
 
 @pytest.mark.parametrize("kind, double", pairs(VALUES, (True, False)))
