@@ -253,10 +253,9 @@ def _locked(entry):
 def _found(entry, read, tell=say):
     "What is in the cache, or None."
     if not entry.exists(): return None
-    meta = entry/"meta.json"
     try:
         found = read(entry)
-        if os.access(meta, os.W_OK): os.utime(meta) # when it was last used
+        if os.access(meta := entry/"meta.json", os.W_OK): os.utime(meta) # when it was last used
     except FileNotFoundError: return None # somebody clears the cache just now
     except FtkitError as e:
         if tell: tell(f"ftkit: what is in the cache is damaged and will be made again ({e})")
