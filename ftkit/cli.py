@@ -7,9 +7,10 @@ __all__ = ['SHOWS', 'list_dataset_format', 'log_dataset', 'check_custom_dataset'
            'explain', 'main']
 
 # %% ../nbs/82_cli.ipynb #db6b6266
-import difflib, json, os, sys
+import difflib, json, os, shutil, sys, textwrap
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 import ftkit as ft
 
@@ -123,10 +124,24 @@ def _train(args):
 
 # %% ../nbs/82_cli.ipynb #72fa9bec
 def _list_cfg(args):
-    names = ft.list_recipes(args.pattern)
-    if names: return print(*names, sep="\n")
-    raise ft.FtkitError("no recipe has this in its name", where=f"--pattern {args.pattern}",
-                        fix="`ftkit list-cfg` shows all")
+    from ftkit.zoo.names import read_name
+    names = ft.list_recipes(args.pattern) or [args.pattern]
+    if len(names) == 1 and not read_name(names[0]):
+        raise ft.FtkitError("no recipe has this in its name", where=f"--pattern {args.pattern}",
+                            fix="`ftkit list-cfg` shows all")
+    on_screen = sys.stdout.isatty()
+    print(_words() if on_screen and not args.pattern else "\n".join(names))
+    if on_screen: print(f"{len(names):,} recipes", file=sys.stderr)
+
+def _words():
+    "The words that names are made of; ten thousand names are no help on a screen."
+    from ftkit.zoo.names import DATASETS, METHODS, MODELS
+    tables = dict(MODEL=MODELS, METHOD=METHODS, DATASET=DATASETS)
+    fill = partial(textwrap.fill, width=shutil.get_terminal_size().columns, break_on_hyphens=False,
+                   initial_indent="  ", subsequent_indent="  ")
+    parts = [f"{word}:\n{fill(' '.join(table))}" for word,table in tables.items()]
+    return "\n".join(["A recipe is called MODEL_METHOD_DATASET_eEPOCHS.", *parts,
+                      "All names in full: ftkit list-cfg | less   Some: ftkit list-cfg -p llama3"])
 
 def _copy_cfg(args): print(ft.copy_recipe(args.recipe, args.dir))
 
