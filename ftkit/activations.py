@@ -35,7 +35,7 @@ class MemorySetting:
 
 # %% ../nbs/66_activations.ipynb #c8089db3
 METHODS = {"full":      MemorySetting(weights="fp32"),
-           "lora":      MemorySetting(lora=LoraConfig(r=16)),
+           "lora":      MemorySetting(lora=LoraConfig(r=64)),
            "qlora":     MemorySetting(lora=LoraConfig(r=64), bits=4),
            "int8_lora": MemorySetting(lora=LoraConfig(r=64), bits=8)}
 
