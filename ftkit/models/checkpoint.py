@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from math import prod
 from pathlib import Path
 import torch
+from fastcore.basics import patch
 from torch import Tensor
 from ..core import FtkitError, read_json
 
@@ -144,10 +145,13 @@ class Checkpoint:
             else: there = _layout(f)
             self.places |= {name: (f, *place) for name,place in there.items()}
         _check_index(self.folder, files, self.places)
+        self.packed,self._parts,self._inner = {},{},set()
+        self._find_packed()
 
     def __contains__(self, name): return name in self.places
-    def __iter__(self): return iter(self.places)
-    def shape(self, name)->tuple: return self.places[name][2]
+    def __iter__(self): return (n for n in self.places if n not in self._inner)
+    def shape(self, name)->tuple: return self.packed[name] if name in self.packed else self.places[name][2]
+    def parts(self, name)->list: return [name, *self._parts.get(name, ())]
     def file(self, name)->Path: return self.places[name][0]
 
     def size(self, name)->int: # Bytes
@@ -177,6 +181,22 @@ def _read_into(f, data, start, name):
         got = f.readinto(view[done:done + 2**24])
         if not got: raise FtkitError(f"the file ends within {name}", where=f.name, fix="Fetch it again")
         done += got
+
+# %% ../../nbs/40_models.checkpoint.ipynb #e0f8cb76
+@patch
+def _find_packed(self:Checkpoint):
+    "Find the weights in four bits: their shapes, and the tensors that each is made of."
+    for name in self.places:
+        owner,found,_ = name.partition(".quant_state.bitsandbytes__")
+        if not found: continue
+        try: self.packed[owner] = tuple(json.loads(bytes(self.read(name).tolist()))["shape"])
+        except (ValueError, KeyError) as e:
+            raise FtkitError(f"{name} does not say what it belongs to", where=self.file(name)) from e
+    for name in self.places if self.packed else ():
+        owner = name[:name.rfind(".weight.") + 7]
+        if owner in self.packed:
+            self._parts.setdefault(owner, []).append(name)
+            self._inner.add(name)
 
 # %% ../../nbs/40_models.checkpoint.ipynb #d2aadbd6
 def read_ahead(read,     # Function from a name to its tensor

@@ -302,7 +302,8 @@ def check_config(folder)->dict: # The contents of config.json
                                 fix="Use another version of the model")
     if family is None and kind not in (*known, "ftkit_alibi"):
         raise _foreign(kind, "auto_map" in raw, known, where)
-    if (method := (raw.get("quantization_config") or {})): raise _quantized(method, where)
+    how = raw.get("quantization_config")
+    if how and (family or not _is_ours(how)): raise _quantized(how, where)
     return raw
 
 # %% ../../nbs/43_models.families.ipynb #5b562406
@@ -313,6 +314,9 @@ def _foreign(kind, has_code, known, where):
                           fix="Use a version of the model that transformers supports itself")
     return FtkitError(unknown_name("model type", kind, known).problem, where=where,
                       fix="It may be no causal language model, or need a newer transformers")
+
+def _is_ours(how): # the four bits of bitsandbytes, which ftkit writes as well
+    return how.get("quant_method", "bitsandbytes") == "bitsandbytes" and how.get("load_in_4bit")
 
 def _quantized(how, where):
     name = how.get("quant_method") or ("bitsandbytes" if "load_in_4bit" in how else "an unknown method")
@@ -327,10 +331,10 @@ def native_config(folder): # A transformers configuration
     family = ORIGINALS.get(architecture(raw))
     if family or raw["model_type"] == "ftkit_alibi": import ftkit.models.classes # known from now on
     try:
-        if family is None: return AutoConfig.from_pretrained(folder, trust_remote_code=False,
-                                                             local_files_only=True)
-        args = family.config(raw)
-        return AutoConfig.for_model(**args, original_config=raw, architectures=None)
+        if family: return AutoConfig.for_model(**family.config(raw), original_config=raw)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        if hasattr(config, "auto_map"): del config.auto_map # no code comes along, so none is named
+        return config
     except KeyError as e:
         if family is None: raise
         raise FtkitError(f"the entry {e} is missing", where=where) from e

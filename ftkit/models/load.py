@@ -19,8 +19,9 @@ from ..lora.inject import lora_layers
 from ..lora.io import adapter_config, load_adapter, save_adapter
 from .checkpoint import is_adapter, read_header, stored_dtype, weight_headers
 from .families import architecture, check_config, native_config
-from .stream import check_match, load_exactly, quiet, save_original
+from .stream import check_match, load_exactly, quiet, save_original, usable_attention
 from ..nano.base import nano_path
+from ..quant.linear import quantize_model
 
 # %% ../../nbs/46_models.load.ipynb #7a9aea4c
 def resolve(path)->"Path|str": # A folder, or the id of a model on the hub
@@ -89,21 +90,24 @@ class ModelConfig:
     bits:int = None     # Bits of each frozen weight: 4, 8, or None for those that it has
 
 # %% ../../nbs/46_models.load.ipynb #891c759f
-def _load_base(folder, dtype, device, attn):
+def _load_base(folder, dtype, device, attn, bits=None):
     if attn.startswith("flash"): need("flash_attn", "flash-attn", f"attn={attn}")
     check_config(folder)
     try:
-        model = load_exactly(folder, dtype, device, attn)
-        return model if model is not None else _load_by_transformers(folder, dtype, device, attn)
+        model = load_exactly(folder, dtype, device, attn, bits)
+        if model is not None: return model
+        model = _load_by_transformers(folder, dtype, device, attn)
+        return quantize_model(model, bits, compute_dtype=dtype) if bits else model
     except (ValueError, OSError, RuntimeError, ImportError, TypeError, AttributeError) as e:
         if isinstance(e, torch.OutOfMemoryError): raise
         raise FtkitError(f"transformers cannot load this model: {e}", where=folder) from e
 
 def _load_by_transformers(folder, dtype, device, attn):
     from transformers import AutoModelForCausalLM
+    config = native_config(folder)
     with quiet():
         model,info = AutoModelForCausalLM.from_pretrained(
-            folder, config=native_config(folder), dtype=dtype, attn_implementation=attn,
+            folder, config=config, dtype=dtype, attn_implementation=usable_attention(config, attn),
             device_map={"": device}, trust_remote_code=False, local_files_only=True,
             output_loading_info=True, ignore_mismatched_sizes=True)
     names = dict(missing="missing_keys", unknown="unexpected_keys", misshapen="mismatched_keys")
@@ -156,7 +160,8 @@ def load_model(path="nano",    # "nano", a folder (model, adapter, checkpoint, w
                device="auto",  # auto, cpu, cuda, mps
                attn="sdpa",    # Attention: sdpa, eager, flash_attention_2
                trainable_adapter:bool=False, # Go on training the adapter
-               adapter=None    # Put this adapter on the base `path`, whichever base it names
+               adapter=None,   # Put this adapter on the base `path`, whichever base it names
+               bits:int=None   # Quantize while loading to 4 or 8 bits; None leaves weights as they are
               ): # A transformers model in eval mode; an adapter is in it as `LoraLinear` layers
     "Load a causal language model, checked before its weights are read."
     folder = local_folder(path)
@@ -169,9 +174,11 @@ def load_model(path="nano",    # "nano", a folder (model, adapter, checkpoint, w
                              fix="Merge that one first")
     device = pick_device(device)
     dtype = pick_dtype(dtype, device)
+    if bits not in (None, 4, 8):
+        raise FtkitError(f"{bits!r} bits can't be had", where="bits", fix="Use 4, 8 or None")
     weight_headers(folder)
     if adapter is not None: adapter = _fitting(local_folder(adapter), folder)
-    model = _load_base(folder, dtype, device, attn)
+    model = _load_base(folder, dtype, device, attn, bits)
     model.name_or_path = model.config.name_or_path = _portable(resolve(path))
     return model if adapter is None else load_adapter(model, adapter, trainable_adapter)
 
@@ -229,10 +236,12 @@ def save_model(model,
                folder,           # New, empty, or saved by ftkit before (then it is replaced)
                base=None,        # What an adapter belongs to; by default the model that was loaded
                system:str=None,  # System message of the training, which chat then uses too
-               max_shard_size="5GB" # Largest file of full weights
+               max_shard_size="5GB", # Largest file of full weights
+               layout:str="native"   # "native", or "original" for that of the model's authors
               )->Path:
     "Save a model with all that its use needs: the adapter if it has LoRA layers, else all weights."
-    folder = Path(folder)
+    if layout not in _WRITERS: raise unknown_name("layout", layout, _WRITERS)
+    folder,write = Path(folder),_WRITERS["native" if lora_layers(model) else layout]
     notes = dict(format=1, base=_portable(base or model.name_or_path),
                  template=template and template.name, system=system)
     if not lora_layers(model): _check_name(folder.name, notes["template"])
@@ -240,9 +249,8 @@ def save_model(model,
         if is_adapter(folder) or (folder/"config.json").exists():
             raise FtkitError("another model is in this folder", where=folder,
                              fix="Choose a new folder")
-        return _write_model(model, tokenizer, template, folder, notes, max_shard_size)
-    with new_folder(folder) as d:
-        _write_model(model, tokenizer, template, d, notes, max_shard_size)
+        return write(model, tokenizer, template, folder, notes, max_shard_size)
+    with new_folder(folder) as d: write(model, tokenizer, template, d, notes, max_shard_size)
     return folder
 
 # %% ../../nbs/46_models.load.ipynb #9d045285
@@ -261,9 +269,7 @@ def _check_name(name, template):
 # %% ../../nbs/46_models.load.ipynb #4cbca713
 def _write_model(model, tokenizer, template, folder, notes, max_shard_size):
     from transformers import GenerationConfig
-    stop = template.stop_ids(tokenizer) if template else tokenizer.eos_token_id
-    generation = GenerationConfig(eos_token_id=stop, bos_token_id=tokenizer.bos_token_id,
-                                  pad_token_id=tokenizer.pad_token_id)
+    generation = GenerationConfig(**_ends(tokenizer, template))
     with _disk_errors(), quiet():
         if lora_layers(model):
             save_adapter(model, folder, notes["base"])
@@ -273,10 +279,21 @@ def _write_model(model, tokenizer, template, folder, notes, max_shard_size):
                 model.save_pretrained(folder, max_shard_size=max_shard_size)
         jinja = template.jinja if template else tokenizer.chat_template
         with _changed(tokenizer, chat_template=jinja): tokenizer.save_pretrained(folder)
-        (folder/"ftkit.json").write_text(json.dumps(notes, indent=2) + "\n", encoding="utf-8")
+        return _write_notes(folder, notes)
+
+def _ends(tokenizer, template):
+    "Where a reply ends, and the ids that programs ask for besides."
+    stop = template.stop_ids(tokenizer) if template else tokenizer.eos_token_id
+    return dict(eos_token_id=stop, bos_token_id=tokenizer.bos_token_id,
+                pad_token_id=tokenizer.pad_token_id)
+
+def _write_notes(folder, notes):
+    _write_json(folder/"ftkit.json", notes)
     for f in folder.glob("*.safetensors"): # safetensors hides its files from other users
         f.chmod((folder/"ftkit.json").stat().st_mode & 0o777)
     return folder
+
+def _write_json(file, what): file.write_text(json.dumps(what, indent=2) + "\n", encoding="utf-8")
 
 @contextmanager
 def _changed(thing, **values):
@@ -287,6 +304,27 @@ def _changed(thing, **values):
         yield thing
     finally:
         for k,v in before.items(): setattr(thing, k, v)
+
+# %% ../../nbs/46_models.load.ipynb #9a659bf0
+_TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json",
+                    "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt",
+                    "merges.txt", "ice_text.model", "chat_template.jinja")
+
+def _write_original(model, tokenizer, template, folder, notes, max_shard_size):
+    base = local_folder(notes["base"], weights=False)
+    with _disk_errors(): save_original(model, folder, max_shard_size)
+    for f in [*(base/n for n in _TOKENIZER_FILES), *base.glob("*.tiktoken")]:
+        if f.exists(): shutil.copyfile(f, folder/f.name)
+    settings,generation = folder/"tokenizer_config.json",base/"generation_config.json"
+    if template and settings.exists():
+        _write_json(settings, {**read_json(settings), "chat_template": template.jinja})
+        (folder/"chat_template.jinja").unlink(missing_ok=True)
+    before = read_json(generation) if generation.exists() else {}
+    if tokenizer: before |= _ends(tokenizer, template)
+    _write_json(folder/"generation_config.json", before)
+    return _write_notes(folder, notes)
+
+_WRITERS = dict(native=_write_model, original=_write_original)
 
 # %% ../../nbs/46_models.load.ipynb #924a3eb1
 @contextmanager

@@ -296,15 +296,19 @@ def _special(own, family, size):
 # %% ../../nbs/44_models.tokenizers.ipynb #3c97b01c
 def _from_vocabulary(file, family, own):
     "A `Tokenizer` from the vocabulary of a family."
-    if family.words or _LINE.match(_content(file)):
-        ranks = read_tiktoken(file)
-        special = _special(own, family, len(ranks))
-        return tiktoken_tokenizer(ranks, family.words or GLM4_WORDS, family.composed, special)
-    m = read_sentencepiece(file)
-    special = _special(own, family, len(m.pieces))
-    for i,t in special.items():
-        if i < len(m.pieces): m.pieces[i] = str(getattr(t, "content", t)),0.,CONTROL
-    return sentencepiece_tokenizer(m, special, everywhere=own.get("legacy") is not False)
+    try:
+        if family.words:
+            ranks = read_tiktoken(file)
+            special = _special(own, family, len(ranks))
+            return tiktoken_tokenizer(ranks, family.words, family.composed, special)
+        m = read_sentencepiece(file)
+        special = _special(own, family, len(m.pieces))
+        for i,t in special.items():
+            if i < len(m.pieces): m.pieces[i] = getattr(t, "content", t),0.,CONTROL
+        return sentencepiece_tokenizer(m, special, everywhere=own.get("legacy") is not False)
+    except FtkitError as e:
+        if e.where is not None: raise
+        raise FtkitError(e.problem, where=file, fix=e.fix) from e
 
 # %% ../../nbs/44_models.tokenizers.ipynb #ef6528e9
 def _wrapped(tok, family, own):
