@@ -251,7 +251,8 @@ def _verdict(ledger):
     "The peak, what comes on top of it, and whether it fits."
     unit,name = _unit(ledger.peak)
     peak,more,all = (f"{n/unit:.2f}" for n in (ledger.peak, ledger.overhead, ledger.needs))
-    text = f"peak {peak} {name} ({ledger.worst}), about {more} for CUDA and the allocator: {all} {name}"
+    text = (f"peak {peak} {name} ({ledger.worst}), about {more} for CUDA and the allocator: "
+            f"{all} {name}")
     if ledger.gpu is None: return text
     return text + f" of {ledger.gpu/unit:.2f}: {'fits' if ledger.fits else 'does not fit'}"
 
