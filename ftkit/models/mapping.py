@@ -81,6 +81,7 @@ class Group(NamedTuple):
     split:callable
     join:callable
 
+# %% ../../nbs/41_models.mapping.ipynb #755b75d7
 class Mapping:
     "The rules of a family."
     def __init__(self,

@@ -108,7 +108,7 @@ def settle_ties(model, mapping, files:Checkpoint): # The mapping, perhaps with a
         a,b = _renamed(mapping, [name, source])
         if a in files and b not in files: mapping = mapping.before(rename(source, a))
         elif a in files and not getattr(model.config, "original_config", None):
-            if not torch.equal(files.read(a), files.read(b)): model.config.tie_word_embeddings = False
+            model.config.tie_word_embeddings = torch.equal(files.read(a), files.read(b))
     return mapping
 
 # %% ../../nbs/45_models.stream.ipynb #795503ec
