@@ -37,7 +37,9 @@ _ROOMS = {  # module → the names of its that stand on the public face
     "sft": "SupervisedTuning PreTraining",
     "evaluate": "Scores metric compare",
     "convert": "merge pth_to_hf",
-    "recipes": "Recipe recipe list_recipes copy_recipe load_recipe train test",
+    "zoo.models": "BaseModel",
+    "zoo.names": "list_recipes",
+    "recipes": "Recipe recipe copy_recipe load_recipe train test",
     "cli": "log_dataset check_custom_dataset list_dataset_format",
 }
 _HOME = {name: f"ftkit.{module}" for module,names in _ROOMS.items() for name in names.split()}

@@ -7,9 +7,10 @@ __all__ = ['SHOWS', 'list_dataset_format', 'log_dataset', 'check_custom_dataset'
            'explain', 'main']
 
 # %% ../nbs/82_cli.ipynb #db6b6266
-import difflib, json, os, sys
+import difflib, json, os, shutil, sys, textwrap
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 import ftkit as ft
 
@@ -29,7 +30,8 @@ def list_dataset_format(name:str=None # One layout only, with all there is to kn
 def _recipe(what):
     "A recipe; for a data file that of nano with this file."
     name = str(what)
-    is_data = name.startswith(("builtin:", "hub:")) or Path(name).exists() and name[-3:] != ".py"
+    is_path = Path(name).exists() or set(name) & set("./\\*?[,") # no recipe has these in its name
+    is_data = name.startswith(("builtin:", "hub:")) or is_path and name[-3:] != ".py"
     if isinstance(what, ft.Recipe) or not is_data: return ft.load_recipe(what)
     return ft.load_recipe("nano_lora_custom_e3").set(**{"data.path": name})
 
@@ -57,6 +59,10 @@ def log_dataset(what,           # Name, recipe file or `Recipe`; or a data file
         _print(views[name]())
     if show == "all": print(f"---\n{data!r}")
 
+def _unicode():
+    "Whether whoever reads the output can be told any character."
+    return "utf" in (getattr(sys.stdout, "encoding", None) or "utf-8").lower()
+
 def _print(thing):
     "Print an object that knows how to colour itself; plainly where nobody would see the colours."
     if not (hasattr(thing, "__rich__") and sys.stdout.isatty()): return print(thing)
@@ -73,7 +79,7 @@ def check_custom_dataset(file,                     # What to read: a file, a fol
                         ): # `ftkit.DataReport`
     "Read, write out and encode every row; print what is wrong with it, then what it is like."
     report = ft.check_data(file, layout, template, ft.load_tokenizer(model), max_length)
-    if as_json: print(json.dumps(report.as_dict(), ensure_ascii=False, indent=1))
+    if as_json: print(json.dumps(report.as_dict(), ensure_ascii=not _unicode(), indent=1))
     else: _print(report)
     return report
 
@@ -123,10 +129,24 @@ def _train(args):
 
 # %% ../nbs/82_cli.ipynb #72fa9bec
 def _list_cfg(args):
-    names = ft.list_recipes(args.pattern)
-    if names: return print(*names, sep="\n")
-    raise ft.FtkitError("no recipe has this in its name", where=f"--pattern {args.pattern}",
-                        fix="`ftkit list-cfg` shows all")
+    from ftkit.zoo.names import read_name
+    names = ft.list_recipes(args.pattern) or [args.pattern]
+    if len(names) == 1 and not read_name(names[0]):
+        raise ft.FtkitError("no recipe has this in its name", where=f"--pattern {args.pattern}",
+                            fix="`ftkit list-cfg` shows all")
+    on_screen = sys.stdout.isatty()
+    print(_words() if on_screen and not args.pattern else "\n".join(names))
+    if on_screen: print(f"{len(names):,} recipes", file=sys.stderr)
+
+def _words():
+    "The words that names are made of; ten thousand names are no help on a screen."
+    from ftkit.zoo.names import DATASETS, METHODS, MODELS
+    tables = dict(MODEL=MODELS, METHOD=METHODS, DATASET=DATASETS)
+    fill = partial(textwrap.fill, width=shutil.get_terminal_size().columns, break_on_hyphens=False,
+                   initial_indent="  ", subsequent_indent="  ")
+    parts = [f"{word}:\n{fill(' '.join(table))}" for word,table in tables.items()]
+    return "\n".join(["A recipe is called MODEL_METHOD_DATASET_eEPOCHS.", *parts,
+                      "All names in full: ftkit list-cfg | less   Some: ftkit list-cfg -p llama3"])
 
 def _copy_cfg(args): print(ft.copy_recipe(args.recipe, args.dir))
 
@@ -170,7 +190,8 @@ def _chat(args):
         print()
 
 def _merge(args):
-    print(ft.merge(args.base, args.adapter, args.out, args.max_shard_size, args.device))
+    print(ft.merge(args.base, args.adapter, args.out, args.max_shard_size, args.device,
+                   args.layout))
 
 def _pth_to_hf(args):
     r = ft.load_recipe(args.recipe).set(**_changes(args))
@@ -195,13 +216,18 @@ VERBS |= {
                           "convert merge nano runs/mine merged", [
         option("BASE", "nano, a folder or a hub name"), option("ADAPTER", _FOLDER), _OUT,
         option("--max-shard-size", "largest file of weights", "5GB"),
-        option("--device", "where to compute", "cpu")], _merge),
+        option("--device", "where to compute", "cpu"),
+        option("--layout", "native, or original: that of the base's authors", "native")], _merge),
     "convert pth_to_hf": Verb("Make an adapter folder of a checkpoint of ftkit or XTuner.",
                               "convert pth_to_hf my_recipe.py epoch_3.pth adapter", [
         _WHAT, option("CHECKPOINT", "a folder, or a .pth file of XTuner"), _OUT, _SET], _pth_to_hf)}
 
 # %% ../nbs/82_cli.ipynb #d95b4bd9
-def _log_dataset(args): log_dataset(args.recipe, args.show, args.row, **_changes(args))
+def _log_dataset(args):
+    options = _changes(args)
+    if args.layout: options["data.layout"] = args.layout
+    if args.skip_bad_rows: options["data.skip_bad_rows"] = True
+    log_dataset(args.recipe, args.show, args.row, **options)
 
 def _check(args):
     how = {k: v for k,v in vars(args).items() if k not in ("debug", "skip_bad_rows")}
@@ -213,12 +239,15 @@ def _version(args):
     for name in "ftkit", "torch", "transformers", "accelerate": print(f"{name:13} {version(name)}")
     print(f"{'python':13} {sys.version.split()[0]}")
 
+# %% ../nbs/82_cli.ipynb #045326f3
 VERBS |= {
     "log-dataset": Verb("Show a row that a recipe trains on, or a row of a data file.",
                         "log-dataset nano_lora_colors_e4 --show masked_text --row 2", [
         option("RECIPE", "name of a recipe, a recipe file ending in .py, or a data file"),
         _SET, option("--show", ", ".join(SHOWS), "all"),
-        option("--row", "which one", 1)], _log_dataset),
+        option("--row", "which one", 1), option("--layout", "the layout of the data"),
+        option("--skip-bad-rows", "leave out rows that cannot be read", action="store_true")],
+        _log_dataset),
     "check-custom-dataset": Verb("Check every row of a data file.",
                                  "check-custom-dataset my.jsonl --layout alpaca", [
         option("FILE", "a data file, a folder, …"), option("--layout", "its layout", "auto"),
@@ -301,6 +330,7 @@ def main(argv:list=None # The words after "ftkit"; those of this process if None
     if argv[:1] in ([], ["-h"], ["--help"]):
         print(overview())
         return 0
+    if not _unicode(): sys.stdout.reconfigure(errors="replace")
     try:
         verb,args = read_line(argv)
         code = verb.run(args)

@@ -22,7 +22,8 @@ def merge(base,    # "nano", a folder or a hub id; None takes the one that the a
           adapter, # An adapter folder, a checkpoint, or a work folder
           out,     # A new or empty folder
           max_shard_size:str="5GB", # Largest file of weights
-          device="cpu" # Where to compute
+          device="cpu", # Where to compute
+          layout:str="native" # "native", or "original" for that of the base's authors
          )->Path:  # The folder of the merged model
     "Write a plain model: the base with the adapter in its weights, in the base's own type."
     out = _new_target(out)
@@ -40,7 +41,7 @@ def merge(base,    # "nano", a folder or a hub id; None takes the one that the a
     template = load_template(source, tokenizer)
     model = unload_lora(load_model(base, stored_dtype(folder), device, adapter=source))
     system = read_notes(source).get("system")
-    return save_model(model, tokenizer, template, out, base, system, max_shard_size)
+    return save_model(model, tokenizer, template, out, base, system, max_shard_size, layout)
 
 # %% ../nbs/80_convert.ipynb #911a7df2
 def _new_target(out)->Path:

@@ -198,7 +198,8 @@ def test_check_custom_dataset_counts(here, capsys):
 
 def test_unknown_names(fails, here):
     fails(f"train {RECIPE.replace('colors', 'colours')}", f"'{RECIPE}'")
-    fails("train llama3_8b_instruct_qlora_custom_e3", "4 bits", "llama3_8b_instruct_lora_custom_e3")
+    fails("train llama3_8b_instruct_qlora_custom_e3", "data.path")
+    fails("train internlm2_chat_1_8b_dpo_full", "DPO", "does not have")
     fails("trian x", "Did you mean train", code=2)
     fails("convert mrege", "merge or pth_to_hf", code=2)
     fails(f"train {RECIPE} --workdir x", "--work-dir", code=2)

@@ -83,10 +83,10 @@ def _agent_turns(row):
         except (ValueError, SyntaxError, MemoryError, RecursionError) as e:
             raise FtkitError("the text in 'conversations' is not a list of turns") from e
     for n,t in enumerate(turns_in(row, "conversations"), 1):
-        speaker = text_in(t, "from")
+        speaker = text_in(t, "from", of=f"turn {n}")
         if speaker not in ("system", "user", "assistant"):
             raise FtkitError(f"turn {n} is from {speaker!r}; expected system, user or assistant")
-        yield n,speaker,text_in(t, "value")
+        yield n,speaker,text_in(t, "value", of=f"turn {n}")
 
 # %% ../../nbs/31_data.agents.ipynb #ccd0e147
 def from_msagent(row:dict)->Conversation:
@@ -172,7 +172,7 @@ def _section(turn, name, n):
     "The text inside the marks of a section; an empty one if there is none, or it says None."
     text = turn.get(name)
     if text is None and name not in ("Human", "MOSS"): return ""
-    text = text_in(turn, name).strip()
+    text = text_in(turn, name, of=f"turn {n}").strip()
     before,after = f"<|{_SECTIONS[name][0]}|>:",_SECTIONS[name][1]
     if not text.startswith(before) or not text.endswith(after):
         raise FtkitError(f"{name!r} of turn {n} should stand between {before!r} and {after!r}; "
@@ -245,6 +245,13 @@ def gather_trees(pairs,       # Rows with their places
                  every=False  # All paths of a tree, not only the best-ranked
                 ):            # Yields rows with a `thread` of rows, and places
     "Paths through trees of messages, one row each; `known` messages were on an earlier path."
+    single = []
+    for row,place in pairs:
+        if not isinstance(root := row.get("prompt"), dict): single.append((row, place)); continue
+        yield from _paths_inside(root, place, every)
+    yield from _paths(single, every)
+
+def _paths(pairs, every):
     nodes,children = _nodes(pairs)
     for root in children.get(None, ()):
         paths = [(0, [root])]
@@ -256,6 +263,25 @@ def gather_trees(pairs,       # Rows with their places
                 yield {"thread": [nodes[i][0] for i in path], "known": known}, nodes[root][1]
             later = [(len(path), [*path, i]) for i in below[1:]]
             paths += [*reversed(later), *((known, [*path, i]) for i in below[:1])]
+
+# %% ../../nbs/31_data.agents.ipynb #282e30d8
+def _paths_inside(root, place, every):
+    "Paths through the tree of one row; if it is broken, a row that says so."
+    try: yield from list(_paths([(m, place) for m in _unfolded(root)], every))
+    except FtkitError as e: yield {"broken": FtkitError(e.problem, fix=e.fix)},place
+
+def _unfolded(root):
+    "The messages of a tree, each with the id of its parent."
+    out,todo = [],[(root, None)]
+    while todo:
+        m,parent = todo.pop()
+        replies = m.get("replies") if isinstance(m, dict) else 0
+        if not isinstance(replies, (list, tuple, type(None))):
+            raise FtkitError("a tree should be a message with a list of 'replies', which are "
+                             f"messages; found {m!r:.40}")
+        out.append({**m, "parent_id": parent})
+        todo += [(r, m.get("message_id")) for r in reversed(replies or ())]
+    return out
 
 # %% ../../nbs/31_data.agents.ipynb #a479673c
 def _rank(row): return math.inf if row.get("rank") is None else row["rank"]
@@ -298,6 +324,7 @@ def _refuse_circles(nodes):
 # %% ../../nbs/31_data.agents.ipynb #2e494455
 def from_thread(row:dict)->list: # None for a path without a reply
     "Messages of a `thread` of OpenAssistant's rows, up to its last reply."
+    if "broken" in row: raise row["broken"]
     speakers,out = dict(prompter="user", assistant="assistant"),[]
     for n,m in enumerate(row["thread"]):
         if m.get("role") not in speakers: raise unknown_name("role", m.get("role"), speakers)

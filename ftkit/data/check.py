@@ -19,7 +19,7 @@ from ..core import FtkitError, is_main
 from .encode import encode_stream
 from .families import template as template_named
 from .files import Rows, source
-from .formats import converter, find_layout, gathered
+from .formats import as_layout, converter, find_layout, gathered
 from .measure import (Finding, Often, at_length, group_errors, histogram, repeats,
                                 sample_keys)
 from .preview import _VISIBLE
@@ -172,8 +172,9 @@ def _likely_layout(rows):
         if n <= others[0][1] or n < len(rows)/2: raise
         return name
 
-def _documents(rows, convert):
+def _documents(rows, layout, convert):
     "Whether rows are texts without turns, judged by the first that is good."
+    if as_layout(layout).gather: return False # a row alone is no sample
     for row,_ in rows:
         try: messages = convert(row)
         except FtkitError: continue
@@ -229,7 +230,7 @@ def check_data(path,                     # Anything that can be trained on
 @patch
 def read(self:DataReport, head, stream, layout, convert, tokenizer, progress):
     "Note all rows."
-    self.documents = _documents(head, convert)
+    self.documents = _documents(head, layout, convert)
     if self.documents and self.template == "tokenizer": self.template = "text"
     t = template_named(self.template, tokenizer).bind(tokenizer)
     pairs,pattern = gathered(layout, self.counted(chain(head, stream))),_special(t, tokenizer)

@@ -137,9 +137,10 @@ def _known(path):
     if path.suffix.lower() in _PACKED:
         raise FtkitError("the name doesn't say what is packed in it", where=path,
                          fix=f"Call it something like data.jsonl{path.suffix}")
-    raise FtkitError(f"files of the kind {path.suffix or 'without ending'!r} are not read; "
-                     f"expected {', '.join(_KINDS)}, also packed ({', '.join(_PACKED)}, .zip)",
-                     where=path, fix="Save it as JSON lines, for example with pandas: "
+    kind = f"files of the kind {path.suffix!r}" if path.suffix else "files without an ending"
+    raise FtkitError(f"{kind} are not read; expected {', '.join(_KINDS)}, also packed "
+                     f"({', '.join(_PACKED)}, .zip)", where=path,
+                     fix="Save it as JSON lines, for example with pandas: "
                      "frame.to_json(path, orient='records', lines=True)")
 
 # %% ../../nbs/29_data.files.ipynb #14eef0f5

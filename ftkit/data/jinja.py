@@ -82,7 +82,8 @@ class JinjaTemplate(Template):
         self._given,self._known,self._told = _Given(),{},False
         self._all = _any_of(added_tokens(tokenizer))
         self._probe()
-        self._special = _any_of([*added_tokens(tokenizer, special=True), *self.stop])
+        turns = self._all.findall(self.around)
+        self._special = _any_of([*added_tokens(tokenizer, special=True), *self.stop, *turns])
     def bind(self, tokenizer):
         return self if tokenizer is self.tokenizer else JinjaTemplate(tokenizer)
 
@@ -119,11 +120,11 @@ def _write(self:JinjaTemplate, messages, gen=False, tools=None, mark=_as_is)->st
 _ASKS = Message("user", "What?")
 
 @patch
-def _tail(self:JinjaTemplate, answer):
-    "What stands behind the only reply of a conversation; None if it is not written."
+def _tail(self:JinjaTemplate, answer, *later):
+    "What stands behind the first reply of a conversation; None if it is not written."
     mark = chr(0xF0000)
     def at_end(text, i, always=True): return text + mark if always and i == 1 else text
-    before,found,after = self._write([_ASKS, answer], mark=at_end).rpartition(mark)
+    before,found,after = self._write([_ASKS, answer, *later], mark=at_end).rpartition(mark)
     return after if found else None
 
 @patch
@@ -139,6 +140,16 @@ def _plain_tail(self:JinjaTemplate):
 
 # %% ../../nbs/26_data.jinja.ipynb #4d732c5b
 @patch
+def _between_replies(self:JinjaTemplate)->str:
+    "What stands between a reply and the next, the question aside."
+    answer = Message("assistant", "y")
+    prompts = self._write([_ASKS], True),self._write([_ASKS, answer]) # one may have more to it
+    begin = os.path.commonprefix([p.partition(_ASKS.content)[2] for p in prompts])
+    try: after = self._tail(answer, _ASKS) or ""
+    except FtkitError: after = "" # it may have room for one question only
+    return after.replace(_ASKS.content, "") + begin
+
+@patch
 def _probe(self:JinjaTemplate):
     "Find out the form of contents, the generation prompt and the end tokens."
     after = self._plain_tail()
@@ -149,6 +160,7 @@ def _probe(self:JinjaTemplate):
     short,long = self._write([_ASKS]),self._write([_ASKS], True)
     self._header = long[len(short):] if long.startswith(short) else ""
     self._ends = {*self.stop, *self._all.findall(short.rpartition(_ASKS.content)[2])[:1]}
+    self.around = self._between_replies()
     try: after = self._tail(Message("assistant", "", tool_calls=[ToolCall("f", {"p": "y"})]))
     except FtkitError: return
     tokens = self._all.findall(after or "")
@@ -236,7 +248,8 @@ def _checked_data(self:JinjaTemplate, text, messages, gen, tools):
     for i,m in enumerate(messages):
         if i in seen or not (m.content.strip() or m.tool_calls): continue
         if not self._leaves_out(text, messages, i, gen, tools): continue
-        raise _refuse(f"the tokenizer's chat template leaves out message {i+1} ({m.role})",
+        calls = ", which calls a tool" if m.tool_calls else ""
+        raise _refuse(f"the tokenizer's chat template leaves out message {i+1} ({m.role}){calls}",
                       "Remove the message, or choose another template")
     if tools and len(messages) not in seen and self._write(messages, gen) == text:
         raise _refuse("the tokenizer's chat template does not know tools",
@@ -395,5 +408,7 @@ def render(self:JinjaTemplate,
     if wrong: raise _refuse(*(found[learned[-1]][1] or wrong[0]))
     chosen = set(replies) if gen else self._chosen(text, messages, data, replies, tools)
     spans = [replies[i] for i in learned if i in chosen]
-    return Rendered(text, spans, [(a, b) for a,b,_ in data if b > a],
-                    list(replies.values()), self._turns(text, messages, data, replies, gen))
+    roles = self._turns(text, messages, data, replies, gen)
+    begins = {i: a for i,(a,_) in replies.items()} # the template's prompt writes what stands before
+    said = ((max(a, begins.get(i, a)), b) for a,b,i in data)
+    return Rendered(text, spans, [(a, b) for a,b in said if b > a], list(replies.values()), roles)

@@ -13,7 +13,8 @@ import json, re
 from dataclasses import dataclass
 from functools import partial
 from ..core import FtkitError, unknown_name
-from .messages import ANSWERS, Conversation, Message, as_call, as_messages, as_tools
+from .messages import (ANSWERS, THOUGHTS, Conversation, Message, as_call, as_messages,
+                                 as_tools)
 
 # %% ../../nbs/30_data.layouts.ipynb #9e74bc00
 @dataclass(frozen=True)
@@ -34,17 +35,19 @@ def has_columns(row:dict, *names)->bool:
     return all(row.get(n) is not None for n in names)
 
 def text_in(row:dict, name:str,
-            default=None # In place of a missing value; None makes it an error
+            default=None, # In place of a missing value; None makes it an error
+            of=""         # What has the column, for errors, if it isn't the row: "message 2"
            )->str:
     "The text in a column."
     value = row.get(name)
     if value is None: value = default
     if isinstance(value, str): return value
+    what = f"{of}: the key {name!r}" if of else f"the column {name!r}"
     if value is None:
         found = ', '.join(map(repr, row)) or 'nothing'
-        raise FtkitError(f"the column {name!r} is missing; found {found}",
-                         fix="Rename the column, or choose another layout")
-    raise FtkitError(f"the column {name!r} holds {type(value).__name__}, not text")
+        fix = None if of else "Rename the column, or choose another layout"
+        raise FtkitError(f"{what} is missing; found {found}", fix=fix)
+    raise FtkitError(f"{what} holds {type(value).__name__}, not text")
 
 def named(place:tuple)->str: # Where, and a number or None
     "A place in words."
@@ -161,19 +164,27 @@ def from_conversation(row:dict)->list:
     "Messages of a `conversation` of turns with `input` and `output`."
     out = []
     for n,turn in enumerate(turns_in(row, "conversation"), 1):
-        known = ("system", "input", "output", "output_with_loss")
+        of,known = f"turn {n}",("system", "input", "output", "output_with_loss")
         if unknown := [k for k in turn if k not in known and turn[k] is not None]:
             raise FtkitError(f"turn {n} has the key {unknown[0]!r}, which this layout doesn't know",
                              fix="A turn has input, output, perhaps system and output_with_loss")
         brought = _system(turn)
         out += brought
         if not brought or has_columns(turn, "input"):
-            out.append(Message("user", text_in(turn, "input")))
-        out.append(Message("assistant", text_in(turn, "output"), turn.get("output_with_loss")))
+            out.append(Message("user", text_in(turn, "input", of=of)))
+        said = text_in(turn, "output", of=of)
+        out.append(Message("assistant", said, turn.get("output_with_loss")))
     return out
 
 # %% ../../nbs/30_data.layouts.ipynb #fd534585
-_IMAGE,_LOST = "<image>",("audio", "refusal", "reasoning_content", "videos", "images")
+_IMAGE = "<image>"
+_LOST = ("audio", "refusal", "videos", "images", "files", "code_interpreter_call", *THOUGHTS)
+
+def _nothing_lost(m, what):
+    "Raise if a turn has something that its message would not have."
+    if lost := [k for k in _LOST if m.get(k)]:
+        raise FtkitError(f"{what} has {lost[0]!r}, which would be lost",
+                         fix="Write it into the content, or remove it")
 
 def _content(m, n, images):
     "The text of message `n`; files of pictures in it are added to `images`."
@@ -182,7 +193,7 @@ def _content(m, n, images):
     out = []
     for part in content:
         kind = part.get("type") if isinstance(part, dict) else type(part).__name__
-        if kind == "text": out.append(text_in(part, "text")); continue
+        if kind == "text": out.append(text_in(part, "text", of=f"message {n}")); continue
         if kind not in ("image", "image_url"):
             raise FtkitError(f"the content of message {n} has a part of type {kind!r}; expected "
                              "text or image")
@@ -219,14 +230,12 @@ def _calls(m, n):
 
 def _message(m, n, images):
     "Message number `n` of a list of `role` and `content`."
-    if lost := [k for k in _LOST if m.get(k)]:
-        raise FtkitError(f"message {n} has {lost[0]!r}, which would be lost",
-                         fix="Write it into the content, or remove it")
-    role = text_in(m, "role")
+    _nothing_lost(m, of := f"message {n}")
+    role = text_in(m, "role", of=of)
     role = "tool" if role == "function" else role
     calls,content = _calls(m, n),_content(m, n, images)
     if content is None and calls: content = ""
-    text = text_in({**m, "content": content}, "content")
+    text = text_in({**m, "content": content}, "content", of=of)
     return Message(role, text, _marks(m, role), calls,
                    m.get("name") or m.get("metadata"))
 
@@ -269,7 +278,8 @@ SPEAKERS = dict(human="user", user="user", gpt="assistant", assistant="assistant
 
 def _turn(t, n):
     "Message number `n` of a list of `from` and `value`."
-    speaker,value = text_in(t, "from"),text_in(t, "value")
+    _nothing_lost(t, of := f"turn {n}")
+    speaker,value = text_in(t, "from", of=of),text_in(t, "value", of=of)
     if speaker not in SPEAKERS: raise unknown_name(f"speaker in turn {n}:", speaker, SPEAKERS)
     role = SPEAKERS[speaker]
     if speaker != "function_call": return Message(role, value, _marks(t, role))

@@ -7,11 +7,12 @@ __all__ = ['Token', 'token_texts', 'TokenView', 'preview']
 
 # %% ../../nbs/36_data.preview.ipynb #fb4ac6da
 from collections import namedtuple
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 from itertools import groupby
 from fastcore.basics import patch
 from ..core import FtkitError
+from .encode import _whole
 from .families import template as template_named
 from .messages import ANSWERS
 from .packing import Row
@@ -129,12 +130,15 @@ def preview(what,                   # `Encoded`, packed `Row`, or a conversation
     "The tokens of a sample or row: whose they are, learned or not."
     if isinstance(what, list):
         t = (template or template_named("tokenizer", tokenizer)).bind(tokenizer)
-        what = encoder(t, tokenizer)([t.render(what)])[0][0]
+        encoded = encoder(t, tokenizer)([t.render(what)])[0][0]
+        what = replace(encoded, weight=getattr(what, "weight", 1.))
     if not isinstance(what, (Encoded, Row)):
         raise FtkitError(f"can't preview {type(what).__name__}",
                          fix="Give a conversation, an encoded sample or a packed row")
-    stop = start + max_tokens
-    ids,marks = [int(i) for i in what.ids[start:stop]],_marks(what, start, stop)
+    ids = [int(i) for i in what.ids[start:start + max_tokens]]
+    if start + len(ids) < len(what.ids): # do not cut a character
+        ids = ids[:_whole(ids, 0, len(ids), tokenizer) or len(ids)]
+    marks = _marks(what, start, start + len(ids))
     samples = {int(s) - start: n for n,s in enumerate(getattr(what, "starts", [0]), 1)}
     changes = {i for i in range(1, len(ids)) if marks[i] != marks[i-1] or marks[i][2] is not None}
     out,pos = [],0

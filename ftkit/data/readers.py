@@ -247,8 +247,9 @@ def wrapped(self:_Scan):
     if lists != 1:
         raise FtkitError("expected a list of rows, or an object with one list; found an object "
                          f"with {lists} lists and the keys {', '.join(map(repr, keys[:8]))}",
-                         where=self.label, fix="Rows that follow each other belong in a .jsonl "
-                         "file, one a line; pandas writes a list with orient='records'")
+                         where=self.label, fix="Put a single row in brackets: [{…}]. Rows that "
+                         "follow each other belong in a .jsonl file, one a line; pandas writes a "
+                         "list with orient='records'")
 
 # %% ../../nbs/28_data.readers.ipynb #bfc08173
 def read_json(stream,      # Binary file, from its start
@@ -421,7 +422,8 @@ def _batch_rows(batch, label, before):
 
 # %% ../../nbs/28_data.readers.ipynb #de7b6a0d
 _BEGINNINGS = {
-    b"\xff\xfe": "UTF-16 text", b"\xfe\xff": "UTF-16 text", b"\x1f\x8b": "a gzip file",
+    b"\xff\xfe\0\0": "UTF-32 text", b"\xff\xfe": "UTF-16 text", b"\xfe\xff": "UTF-16 text",
+    b"\x1f\x8b": "a gzip file",
     b"PK\x03\x04": "a zip file", b"BZh": "a bzip2 file", b"\xfd7zXZ": "an xz file",
     b"\x28\xb5\x2f\xfd": "a Zstandard file", b"PAR1": "a Parquet file", b"ARROW1": "an Arrow file",
     b"%PDF": "a PDF", b"SQLite format": "a data base of SQLite", b"\x89PNG": "a picture",

@@ -70,6 +70,7 @@ class Template:
     "Turns a conversation into text. Training, preview and chat ask the same object."
     name,eos,bos,tokenizer,_kept = None,"</s>","<s>",None,None
     begin = ""                # What every text begins with: nothing, or "{bos}"
+    around = ""               # What stands around turns; its tokens are not to be read in data
     def __repr__(self):
         bound = "" if self.tokenizer is None else ", bound"
         return f"{type(self).__name__}({self.name!r}{bound})"
@@ -111,6 +112,8 @@ class ChatTemplate(Template):
         return self._kept
     @property
     def blocks(self)->dict: return self.form[1] # What stands before and after each role
+    @property
+    def around(self)->str: return "".join(t for block in self.blocks.values() for t in block)
 
 # %% ../../nbs/24_data.templates.ipynb #2a221da7
 def _unfit(f:ChatFormat, known, messages, i):

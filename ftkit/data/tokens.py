@@ -10,7 +10,8 @@ import re
 from bisect import bisect_left
 from dataclasses import dataclass
 from itertools import chain
-from weakref import WeakKeyDictionary
+from threading import Lock
+from weakref import WeakKeyDictionary, ref
 import numpy as np
 from fastcore.basics import patch
 from ..core import FtkitError
@@ -47,10 +48,13 @@ def _same(a, b):
 class Encoder:
     "Encodes rendered conversations for one tokenizer and one set of stop texts."
     def __init__(self, tokenizer,
-                 stop): # Texts that end a reply
-        self.tokenizer,self.known,self.markup = tokenizer,{},{}
-        self.ids = added_tokens(tokenizer, special=True)
+                 stop,       # Texts that end a reply
+                 around=""): # What a template writes around turns
+        self._tokenizer,self.known,self.markup = ref(tokenizer),{},{}
+        self.ids = {t: i for t,i in added_tokens(tokenizer).items() if t in around}
+        self.ids |= added_tokens(tokenizer, special=True)
         self.ids |= {t: i for t in stop if (i := token_id(tokenizer, t)) is not None}
+        self.found = {t.strip(): i for t,i in self.ids.items()} | self.ids
         flags = {t.content: t for t in tokenizer.added_tokens_decoder.values()}
         def pattern(text): # with the white space that the tokenizer would swallow
             sides = [getattr(flags.get(text), side, False) for side in ("lstrip", "rstrip")]
@@ -59,12 +63,15 @@ class Encoder:
         self.special = re.compile("|".join(map(pattern, longest_first)) or "(?!)")
         weak = [t for t in self.ids if t in flags and not flags[t].special]
         self.weak = re.compile("|".join(map(re.escape, weak))) if weak else None
-        self.anchor,self.prefixed,self.direct = None,True,False
+        self.anchors,self.prefixed,self.direct = [],True,False
+    @property
+    def tokenizer(self): return self._tokenizer() # is not kept alive for what is known about it
 
     def tokens(self, markup:str)->list: # Triples: first and last place, id
         "Special tokens in a piece of markup, of which there are few and the same in every text."
         if (found := self.markup.get(markup)) is None:
-            found = [(*m.span(), self.ids[m[0].strip()]) for m in self.special.finditer(markup)]
+            found = [(*m.span(), self.found[m[0] if m[0] in self.found else m[0].strip()])
+                     for m in self.special.finditer(markup)]
             if len(self.markup) < 10_000: self.markup[markup] = found
         return found
 
@@ -82,13 +89,15 @@ def cuts(self:Encoder, r:Rendered)->list:
         borders |= {m.start() + 1 for m in self.weak.finditer(text) if m.start() not in real}
     out,pos,borders = [],0,sorted(borders, reverse=True)
     for start,end,token in [*tokens, (len(text), len(text), None)]:
-        glued = False
+        glued,begin = False,end - len(text[start:end].lstrip())
+        if begin > start: # no token swallows the end of the prompt before its reply
+            start = max((p for p in borders if start < p <= begin), default=start)
         while pos < start:
             while borders and borders[-1] <= pos: borders.pop()
             p = min(borders[-1], start) if borders else start
             out.append((text[pos:p], glued, pos))
             pos,glued = p,True
-        if token is not None: out.append((token, False, end - len(text[start:end].lstrip())))
+        if token is not None: out.append((token, False, begin))
         pos = end
     return out
 
@@ -121,9 +130,9 @@ def ask(self:Encoder)->Encoder:
     for anchor in "\n", "。", "\x01", "x":
         a = ids(anchor)
         if (both := ids(anchor + "x"))[:len(a)] != a: continue
-        if both[len(a):] != whole: self.anchor = anchor,a
-        break
-    if self.anchor and self.ids:
+        if both[len(a):] == whole: break
+        self.anchors.append((anchor, a))
+    if self.anchors and self.ids:
         text,token = next(iter(self.ids.items()))
         self.prefixed = ids(text + "x", split=False) == [token, *whole]
     probe = ["".join(f" a{t} \n世{t}😀" for t in self.ids), "x"]
@@ -132,46 +141,50 @@ def ask(self:Encoder)->Encoder:
     return self
 
 # %% ../../nbs/33_data.tokens.ipynb #e04470c9
+_switching = Lock()
+
 @patch
 def call(self:Encoder, texts:list, direct:bool, places=False)->tuple:
     "Ids of each text, and a function that finds the token at a character of one."
     if not direct:
-        found = self.tokenizer(texts, split_special_tokens=True, **_CALL)
+        with _switching: found = self.tokenizer(texts, split_special_tokens=True, **_CALL)
         return found["input_ids"],found.char_to_token
     inner = self.tokenizer.backend_tokenizer
-    was,inner.encode_special_tokens = inner.encode_special_tokens,True
-    if inner.truncation: inner.no_truncation() # left by somebody's last call
-    if inner.padding: inner.no_padding()
-    encode = inner.encode_batch if places else inner.encode_batch_fast
-    try: found = encode(texts, add_special_tokens=False)
-    finally: inner.encode_special_tokens = was
+    with _switching:
+        was,inner.encode_special_tokens = inner.encode_special_tokens,True
+        if inner.truncation: inner.no_truncation() # left by somebody's last call
+        if inner.padding: inner.no_padding()
+        encode = inner.encode_batch if places else inner.encode_batch_fast
+        try: found = encode(texts, add_special_tokens=False)
+        finally: inner.encode_special_tokens = was
     return [f.ids for f in found],lambda i,char: found[i].char_to_token(char)
 
 # %% ../../nbs/33_data.tokens.ipynb #ec79eb95
 @patch
-def tokenize(self:Encoder, keys:list, glued:bool)->dict:
+def tokenize(self:Encoder, keys:list, glued:bool, tried:int=0)->dict:
     "For texts and the places where their marks change: ids, and the tokens at these places."
     if not keys: return {}
-    lead,start = self.anchor if glued and self.anchor else ("", [])
+    lead,start = self.anchors[tried] if glued and self.anchors else ("", [])
     found,token_at = self.call([lead + text for text,_ in keys], self.direct,
                                any(places for _,places in keys))
-    n,out = len(start),{}
+    n,out,joined = len(start),{},[]
     for i,((text,places),ids) in enumerate(zip(keys, found)):
-        if n and ids[:n] != start:
-            raise FtkitError(f"this tokenizer joins {lead!r} with the text {text[:40]!r}, so the "
-                             "text can't be encoded as the continuation of another")
+        if n and ids[:n] != start: joined.append((text, places)); continue
         ids = ids[n:] if n else ids
         def find(p): # a character that was normalized away has no token
             at = (token_at(i, c) for c in range(len(lead) + p, len(lead) + len(text)))
             return next((k - n for k in at if k is not None), len(ids))
         out[text, places, glued] = ids,tuple(map(find, places))
-    return out
+    if joined and tried + 1 == len(self.anchors):
+        raise FtkitError(f"this tokenizer joins {lead!r} with the text {joined[0][0][:40]!r}, so "
+                         "the text can't be encoded as the continuation of another")
+    return out | self.tokenize(joined, glued, tried + 1)
 
 # %% ../../nbs/33_data.tokens.ipynb #5fb55df5
 @patch
 def plan(self:Encoder, r:Rendered)->list:
     "In order: an id, or a key for `tokenize`; the marks in it; where it begins."
-    after = bool(self.anchor and not self.prefixed) # text after a special token continues the text
+    after = bool(self.anchors and not self.prefixed) # text after a special token continues the text
     changes,k,out = [*marks_of(r), (len(r.text), 0)],0,[]
     for piece,glued,start in self.cuts(r):
         while changes[k + 1][0] <= start: k += 1
@@ -182,7 +195,7 @@ def plan(self:Encoder, r:Rendered)->list:
             k += 1
             places += (changes[k][0] - start,)
             marks.append(changes[k][1])
-        out.append(((piece, places, bool(self.anchor and glued or after and out)), marks, start))
+        out.append(((piece, places, bool(self.anchors and glued or after and out)), marks, start))
     return out
 
 # %% ../../nbs/33_data.tokens.ipynb #078150e7
@@ -266,10 +279,20 @@ def override(self:Encoder, out:EncodedBatch, i:int, r:Rendered, pieces:tuple):
 # %% ../../nbs/33_data.tokens.ipynb #52e58a65
 _encoders = WeakKeyDictionary()
 
+def _shown(part)->str:
+    try: return repr(part)
+    except Exception: return type(part).__name__ # written in Python, it can't be shown
+
+def _state(tokenizer)->tuple:
+    "What of a tokenizer may change."
+    inner = getattr(tokenizer, "backend_tokenizer", None)
+    parts = () if inner is None else map(_shown, (inner.normalizer, inner.pre_tokenizer))
+    return len(tokenizer),*tokenizer.all_special_tokens,*parts
+
 def encoder(template:Template, # Bound to the tokenizer
             tokenizer)->Encoder:
     "The `Encoder` for a template and a tokenizer."
     kept = _encoders.setdefault(tokenizer, {})
-    key = tuple(template.stop),len(tokenizer)
-    if key not in kept: kept[key] = Encoder(tokenizer, template.stop).ask()
+    key = tuple(template.stop),template.around,_state(tokenizer)
+    if key not in kept: kept[key] = Encoder(tokenizer, template.stop, template.around).ask()
     return kept[key]

@@ -51,8 +51,25 @@ def restore_tensors(model:nn.Module,
     for k,v in state.items():
         name,_,key = k.removeprefix("optimizer.").rpartition(".")
         if k.startswith("optimizer."): moments[name][key] = v
+    if hasattr(optimizer, "init_state"): return _refill(optimizer, [moments[n] for n in order])
     numbered = {i: moments[n] for i,n in enumerate(order) if moments[n]}
     optimizer.load_state_dict({**optimizer.state_dict(), "state": numbered})
+
+# %% ../../nbs/61_training.checkpoint.ipynb #a0797d95
+def _refill(optimizer, moments):
+    "Copy saved states, one for each parameter, into memory that the optimizer chooses."
+    places = [(g, p, i, j) for i,g in enumerate(optimizer.param_groups)
+              for j,p in enumerate(g["params"])]
+    for place,saved in zip(places, moments):
+        p = place[1]
+        optimizer.state.pop(p, None)
+        if not saved: continue
+        optimizer.init_state(*place)
+        if p.is_cuda: torch.cuda.synchronize(p.device) # paged memory is filled meanwhile
+        state = optimizer.state[p]
+        for key,value in saved.items():
+            state[key] = (state[key].copy_(value) if isinstance(state[key], torch.Tensor)
+                          else value.item())
 
 # %% ../../nbs/61_training.checkpoint.ipynb #0d8be54d
 def save_checkpoint(work_dir,
