@@ -580,3 +580,31 @@ def test_tokenizer_of_an_original_is_read_and_saved_both_ways(tmp_path):
         assert load_tokenizer(out)("<|im_start|>né").input_ids == ids
     assert AutoTokenizer.from_pretrained(tmp_path/"native")("<|im_start|>né").input_ids == ids
     assert (tmp_path/"original/qwen.tiktoken").exists() and not (tmp_path/"native/qwen.tiktoken").exists()
+
+
+MEMORY = """
+import sys, threading, time, torch
+from ftkit import load_model
+def mib(): return int(next(l for l in open("/proc/self/status") if l.startswith("RssAnon")).split()[1])/1024
+load_model("nano", device="cpu")
+before,peak,on = mib(),[0.],[True]
+def watch():
+    while on[0]: peak[0] = max(peak[0], mib()); time.sleep(0.002)
+thread = threading.Thread(target=watch)
+thread.start()
+model = load_model(sys.argv[1], dtype="bf16", device="cpu")
+on[0] = False
+thread.join()
+print(sum(p.nbytes for p in model.parameters())/2**20, peak[0] - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_loading_takes_the_memory_of_the_model(tmp_path):
+    torch.manual_seed(0)
+    config = AutoConfig.for_model("llama", vocab_size=2048, hidden_size=1024, intermediate_size=4096,
+                                  num_hidden_layers=8, num_attention_heads=8, num_key_value_heads=8)
+    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(tmp_path, max_shard_size="60MB")
+    run = subprocess.run([sys.executable, "-c", MEMORY, tmp_path], capture_output=True, text=True)
+    size,peak = map(float, run.stdout.split())
+    assert size > 250 and peak < size + 64

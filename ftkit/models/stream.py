@@ -150,7 +150,7 @@ def arrivals(files:Checkpoint,
             if name in files.packed: yield QTensor.from_tensors(found, name.removesuffix("weight"))
             else:
                 t = found.pop(name)
-                if t.is_floating_point(): sums[name] = t.sum(dtype=torch.float32)
+                if t.is_floating_point(): sums[name] = t.sum().float()
                 yield t
 
 # %% ../../nbs/45_models.stream.ipynb #b6420fdb
