@@ -13,6 +13,9 @@ from ftkit.lora.dora import DoraLinear
 from ftkit.lora.experts import LoraExperts
 from ftkit.lora.inject import (LoraConfig, adapted, add_lora, count_parameters, lora_disabled,
                                lora_layers, merge_lora, trained_modules, unload_lora, unmerge_lora)
+from ftkit.lora.layers import LoraLinear
+from ftkit.lora.starts import start_loftq
+from ftkit.quant.linear import QExperts, QLinear, quantize_model
 from ftkit.lora.io import SETTINGS, WEIGHTS, adapter_config, load_adapter, save_adapter
 
 peft = pytest.importorskip("peft")
@@ -399,3 +402,90 @@ def test_over_8_bits(dora, tmp_path):
 def test_no_pissa_over_8_bits():
     with pytest.raises(FtkitError, match="q_proj.*fewer bits|lora.start.*fewer bits"):
         add_lora(in_8_bits(toy()), LoraConfig(start="pissa"))
+
+
+# ---- 4 bits
+
+def in_4_bits(model, **options): return quantize_model(model, **options).eval()
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_over_4_bits(dora, tmp_path):
+    "Trained over four bits; merged into the whole base it is what peft merges there."
+    ours = tuned(in_4_bits(toy()), dora=dora)
+    assert {type(m.base) for m in lora_layers(ours).values()} == {QLinear}
+    ours.train()(IDS, labels=IDS).loss.backward()
+    assert all(p.grad.count_nonzero() for p in ours.parameters() if p.requires_grad)
+    before = logits(ours.eval())
+    with lora_disabled(ours): assert torch.equal(logits(ours), logits(in_4_bits(toy())))
+    save_adapter(ours, tmp_path, "x")
+    close(logits(load_adapter(in_4_bits(toy()), tmp_path)), before)
+    merged = unload_lora(load_adapter(toy(), tmp_path))
+    close(logits(merged), logits(peft_load(tmp_path, toy()).merge_and_unload()))
+    close(logits(merge_lora(ours)), before)
+    plain = unload_lora(ours)
+    assert not any(isinstance(m, QLinear) for m in plain.modules())
+    close(logits(plain), before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_4_bits_start_at_the_base(dtype):
+    base = lambda: in_4_bits(toy(dtype), compute_dtype=dtype)
+    for dora in False, True:
+        model = add_lora(base(), LoraConfig(dora=dora))
+        assert torch.equal(logits(model), logits(base()))
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            model.train()(IDS, labels=IDS).loss.backward()
+        assert {p.grad.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_a_mixture_in_4_bits(name, tmp_path):
+    base = lambda: in_4_bits(mixture(name))
+    ours = tuned(base())
+    inside = [m.base for m in lora_layers(ours).values() if isinstance(m, LoraExperts)]
+    assert inside and all(isinstance(m, QExperts) for m in inside)
+    with lora_disabled(ours): assert torch.equal(logits(ours), logits(base()))
+    before = logits(ours)
+    save_adapter(ours, tmp_path, "x")
+    close(logits(load_adapter(base(), tmp_path)), before)
+    close(logits(load_adapter(mixture(name), tmp_path)), logits(peft_load(tmp_path, mixture(name))))
+    ours.train()(IDS, labels=IDS).loss.backward()
+    idle = [n for n, p in ours.named_parameters() if p.requires_grad and not p.grad.count_nonzero()]
+    assert not idle
+    close(logits(unload_lora(ours.eval())), before)
+    assert not any(isinstance(m, (QLinear, QExperts)) for m in ours.modules())
+
+
+@pytest.mark.parametrize("start", ["pissa", "loftq", "loftq_iter_3"])
+def test_starts_for_4_bits(start, tmp_path):
+    "The base is nearer to the whole one than four bits alone, and the file is for the whole one."
+    whole = logits(toy())
+    ours = add_lora(toy(), LoraConfig(r=16, alpha=32, start=start))
+    if start == "pissa": quantize_model(ours)
+    assert {type(m.base) for m in lora_layers(ours).values()} == {QLinear}
+    plain = quantize_model(add_lora(toy(), LoraConfig(r=16, alpha=32)))
+    assert (logits(ours) - whole).norm() < 0.9*(logits(plain) - whole).norm()
+    save_adapter(ours, tmp_path/"start", "x")
+    close(logits(load_adapter(toy(), tmp_path/"start")), whole)
+    ours.train()(IDS, labels=IDS).loss.backward()
+    save_adapter(stir(ours), tmp_path/"end", "x")
+    close(logits(load_adapter(toy(), tmp_path/"end")), logits(peft_load(tmp_path/"end", toy())))
+    with pytest.raises(FtkitError, match="in fewer bits here already"):
+        add_lora(in_4_bits(toy()), LoraConfig(start=start))
+
+
+@pytest.mark.parametrize("turns", [1, 3])
+def test_loftq_like_peft(turns):
+    "Against peft's own function, which asks for a GPU and gets the CPU here."
+    import inspect
+    import peft.utils.loftq_utils as theirs
+    pytest.importorskip("bitsandbytes")
+    source = inspect.getsource(theirs.loftq_init).replace('else "cuda"', 'else "cpu"')
+    exec(source, space := dict(vars(theirs)))
+    linear = nn.Linear(64, 96)
+    weight = linear.weight.detach().clone()
+    q, A, B = space["loftq_init"](weight, num_bits=4, reduced_rank=8, num_iter=turns)
+    layer = start_loftq(LoraLinear(linear, r=8, alpha=8), turns, double=False)
+    close(layer.base.weight, q)
+    close(layer.B @ layer.A, B @ A)

@@ -142,7 +142,7 @@ class LoraConfig:
     rslora:bool=False      # Scale by alpha/√r
     dtype:str="fp32"       # Type of A and B: fp32, bf16, fp16, or "base" for the base's own
     dora:bool=False        # Give each output a length of its own
-    start:str="default"    # default, pissa, or pissa_niter_16 (faster, approximate)
+    start:str="default"    # default, pissa, pissa_niter_16 (faster), loftq, loftq_iter_5
     modules_to_save:tuple=() # Modules to train in full, by name endings, e.g. lm_head
     tokens:tuple=()        # Tokens whose rows in embedding and head are trained, by text or id
 
