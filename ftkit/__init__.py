@@ -8,8 +8,11 @@ _ROOMS = {  # module → the names of its that stand on the public face
     "nano.colors": "color_rows parse_color ciede2000 score_colors baselines swatches",
     "nano.base": "nano_path nano_config",
     "lora.layers": "LoraLinear",
-    "lora.inject": "LoraConfig add_lora lora_layers lora_disabled count_parameters merge_lora "
-                   "unmerge_lora unload_lora",
+    "lora.dora": "DoraLinear",
+    "lora.experts": "LoraExperts",
+    "lora.modules": "token_ids",
+    "lora.inject": "LoraConfig add_lora lora_layers trained_modules adapted find_targets "
+                   "lora_disabled count_parameters merge_lora unmerge_lora unload_lora",
     "lora.io": "save_adapter load_adapter adapter_config",
     "data.messages": "Message ToolCall Conversation as_messages",
     "data.templates": "Template Rendered",

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 import torch
 from torch import nn
-from ..core import FtkitError, pick_dtype, unknown_name
+from ..core import FtkitError, pick_dtype, say, unknown_name
 from .dora import DoraLinear
 from .experts import LoraExperts, expert_stacks
 from .layers import LoraLinear
@@ -209,6 +209,9 @@ def add_lora(model:nn.Module,       # Changed in place
 # %% ../../nbs/21_lora.inject.ipynb #e0d19e13
 def _check_plan(model, cfg, plan, others):
     check_start(cfg.start)
+    if cfg.start.startswith("pissa") and cfg.dropout:
+        say(f"ftkit: with lora.start={cfg.start} a dropout of {cfg.dropout:g} falls on the largest "
+            "parts of the weights; the authors of PiSSA train with lora.dropout=0")
     stacks = _stacks(model)
     odd,plain = next((n for n in plan if n in stacks), None),cfg.start == "default"
     if odd and (cfg.dora or not plain):
