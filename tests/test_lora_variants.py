@@ -1,5 +1,5 @@
 "DoRA, PiSSA, trained modules, tokens and experts: the same files and logits as peft's, both ways."
-import json, warnings
+import json, math
 from copy import deepcopy
 import pytest
 import torch
@@ -7,7 +7,7 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.testing import assert_close
 from transformers import (AutoModelForCausalLM, DeepseekV2Config, LlamaConfig, LlamaForCausalLM,
-                          MixtralConfig, Qwen2MoeConfig, Qwen3MoeConfig)
+                          MixtralConfig, MixtralForCausalLM, Qwen2MoeConfig, Qwen3MoeConfig)
 from ftkit.core import FtkitError
 from ftkit.lora.dora import DoraLinear
 from ftkit.lora.experts import LoraExperts
@@ -489,3 +489,99 @@ def test_loftq_like_peft(turns):
     layer = start_loftq(LoraLinear(linear, r=8, alpha=8), turns, double=False)
     close(layer.base.weight, q)
     close(layer.B @ layer.A, B @ A)
+
+
+# ---- in a run
+
+def trainer(work_dir=None, callbacks=(), **lora):
+    "Whatever is drawn for the start comes from the seed, as in a recipe."
+    from ftkit.training.loop import Trainer
+    from ftkit.training.optim import OptimConfig
+    from ftkit.training.plan import TrainConfig
+    from ftkit.sft import SupervisedTuning
+    from small_runs import batch, tiny_rows
+    torch.manual_seed(0)
+    model = MixtralForCausalLM(MixtralConfig(
+        vocab_size=24, hidden_size=64, intermediate_size=64, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=2, num_local_experts=4, pad_token_id=0))
+    model = quantize_model(add_lora(model, LoraConfig(r=4, dropout=0.1, **lora)))
+    cfg = TrainConfig(batch_size=2, epochs=1, precision="fp32", save_every=2)
+    return Trainer(model, SupervisedTuning(), tiny_rows(), cfg, OptimConfig(lr=1e-2), batch, None,
+                   callbacks, work_dir, lambda folder: save_adapter(model, folder, "x"))
+
+
+@pytest.mark.parametrize("lora", [
+    dict(), dict(targets=["q_proj", "v_proj"], start="pissa_niter_4"),
+    dict(targets=["q_proj"], dora=True, tokens=[1, 2, 25]),
+    dict(modules_to_save=["lm_head", "norm"])])
+def test_resume_is_exact_with_every_variant(lora, tmp_path):
+    from ftkit.training.loop import Callback
+    from small_runs import untimed
+    class Stop(Callback):
+        order = 100
+        def after_step(self, trainer):
+            if trainer.step == 5: raise KeyboardInterrupt
+    whole = trainer(**lora).fit()
+    with pytest.raises(KeyboardInterrupt): trainer(tmp_path, [Stop()], **lora).fit()
+    rest = trainer(tmp_path, **lora).fit(resume="auto")
+    assert untimed(rest.history) == untimed(whole.history)
+    for a, b in zip(whole.model.parameters(), rest.model.parameters()): assert torch.equal(a, b)
+    losses = rest.curve()[1]
+    assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("more", [
+    {"lora.tokens": ("<colour>", "</colour>"), "lora.modules_to_save": ("norm",),
+     "optim.lora_plus_ratio": 4},
+    {"lora.start": "loftq", "model.bits": 4}, {"lora.dora": True, "model.bits": 4}])
+def test_a_recipe_from_start_to_merge(more, tmp_path, capsys):
+    import ftkit as ft
+    run = ft.train("nano_lora_colors_e4", tmp_path/"run", **{
+        "train.max_steps": 2, "metric": None, "prompts": (), "data.eval_path": None, **more})
+    assert "weights are trained: LoRA on 28 linear layers (q_proj" in capsys.readouterr().err
+    assert all(math.isfinite(v) for v in run.curve()[1])
+    model, tokenizer = ft.load_model(tmp_path/"run", device="cpu"), ft.load_tokenizer(tmp_path/"run")
+    ids = tokenizer("dark teal <colour>", return_tensors="pt").input_ids
+    if "lora.tokens" in more: assert ids[0, -1] == len(tokenizer) - 2
+    wanted = logits(model, ids)
+    ft.merge(None, tmp_path/"run", tmp_path/"merged")
+    plain = ft.load_model(tmp_path/"merged", device="cpu", dtype=str(model.dtype)[6:])
+    off = (logits(plain, ids).float() - wanted.float()).norm()/wanted.float().norm()
+    assert off < 0.02 # the merged weights are rounded to the base's 16 bits
+
+
+# ---- on a GPU
+
+CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+
+
+@CUDA
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_fewer_bits_on_cuda(bits, dora, dtype, tmp_path):
+    base = lambda: quantize_model(toy(dtype).cuda(), bits, compute_dtype=dtype)
+    ids = IDS.cuda()
+    model = add_lora(base(), LoraConfig(r=4, alpha=8, dora=dora, modules_to_save=["norm"], tokens=[7]))
+    assert_close(logits(model, ids), logits(base(), ids), rtol=0.02, atol=0.02)
+    with torch.autocast("cuda", dtype=dtype): model.train()(ids, labels=ids).loss.backward()
+    for n, p in model.named_parameters():
+        if p.requires_grad: assert p.grad.dtype == torch.float32 and p.grad.isfinite().all(), n
+    save_adapter(stir(model).eval(), tmp_path, "x")
+    again = load_adapter(base(), tmp_path)
+    assert_close(logits(again, ids), logits(model, ids), rtol=0.05, atol=0.05)
+    assert_close(logits(unload_lora(again), ids), logits(model, ids), rtol=0.1, atol=0.1)
+
+
+@CUDA
+@pytest.mark.parametrize("name", MIXTURES)
+@pytest.mark.parametrize("bits", [None, 4])
+def test_experts_on_cuda(name, bits, tmp_path):
+    base = lambda: mixture(name).cuda() if not bits else in_4_bits(mixture(name).cuda())
+    ids = IDS.cuda()
+    ours = tuned(base())
+    save_adapter(ours, tmp_path, "x")
+    close(logits(load_adapter(base(), tmp_path), ids), logits(ours, ids))
+    if not bits: close(logits(peft_load(tmp_path, base()).cuda(), ids), logits(ours, ids))
+    with torch.autocast("cuda", dtype=torch.bfloat16): ours.train()(ids, labels=ids).loss.backward()
+    assert all(p.grad.isfinite().all() for p in ours.parameters() if p.requires_grad)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PREFIX', 'ROWS', 'adapter_state', 'target_names', 'save_adapter', 'load_adapter']
 
-# %% ../../nbs/22_lora.io.ipynb #f73e577f
+# %% ../../nbs/22_lora.io.ipynb #84525a3b
 import json, re
 from collections import Counter
 from pathlib import Path
@@ -24,7 +24,7 @@ from .modules import TrainedCopy, grow_tables
 from .settings import SETTINGS, WEIGHTS, adapter_config
 from .starts import plain_factors, top_directions
 
-# %% ../../nbs/22_lora.io.ipynb #95edc171
+# %% ../../nbs/22_lora.io.ipynb #ed342ba1
 PREFIX = "base_model.model." # peft's wrapper around the model
 ROWS = ".token_adapter.trainable_tokens_delta" # its name for the rows of tokens
 
@@ -41,7 +41,7 @@ def adapter_state(model:nn.Module)->dict: # peft's name → tensor, detached
         elif not m.tied: out[name + ROWS] = m.rows
     return {PREFIX + k: t.detach() for k,t in out.items()}
 
-# %% ../../nbs/22_lora.io.ipynb #4e406b69
+# %% ../../nbs/22_lora.io.ipynb #1214979d
 def _wrapped(name, stacks):
     "Stack → peft's name of the wrapper that holds its factors."
     return {s: name + ".base_layer"*(len(stacks) - 1 - i) for i,s in enumerate(stacks)}
@@ -58,7 +58,7 @@ def _unstacked(part, tensor, experts):
     if part == "A": return tensor.unflatten(0, (experts, -1))
     return tensor.unflatten(1, (-1, experts)).permute(2, 0, 1)
 
-# %% ../../nbs/22_lora.io.ipynb #14ee3e78
+# %% ../../nbs/22_lora.io.ipynb #3a68f651
 def target_names(model:nn.Module, as_parameters=())->list: # Endings where they suffice, else full
     "The adapted linear layers, but for those of `as_parameters`, as peft's `target_modules`."
     ours = {n: l for n,l in lora_layers(model).items()
@@ -68,7 +68,7 @@ def target_names(model:nn.Module, as_parameters=())->list: # Endings where they 
     others = (n for n,_ in model.named_modules() if n not in ours and n not in inner)
     return sorted(ours) if any(matches_target(n, short) for n in others) else short
 
-# %% ../../nbs/22_lora.io.ipynb #707ec845
+# %% ../../nbs/22_lora.io.ipynb #34c11aa3
 def _ranks(model):
     "Layer or stack → (r, alpha), as they are in the file."
     out = {}
@@ -102,7 +102,7 @@ def _beside(model):
     rows = {n: m.ids.tolist() for n,m in others.items() if n not in copies and not m.tied}
     return dict(modules_to_save=copies or None, trainable_token_indices=rows or None)
 
-# %% ../../nbs/22_lora.io.ipynb #69d3039b
+# %% ../../nbs/22_lora.io.ipynb #8569a8dd
 OF_EXPERTS = {"gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"}
 
 def _as_parameters(model):
@@ -112,7 +112,7 @@ def _as_parameters(model):
     return [n for n,l in layers.items() if stacked and not isinstance(l, (LoraExperts, DoraLinear))
             and n.split(".")[-1] in OF_EXPERTS]
 
-# %% ../../nbs/22_lora.io.ipynb #5663ac0d
+# %% ../../nbs/22_lora.io.ipynb #0fdaad30
 def save_adapter(model:nn.Module, # A model with LoRA layers, merged or not
                  folder,          # Other files in it stay
                  base:str         # Name or path of the base model, for those who load the adapter
@@ -132,7 +132,7 @@ def save_adapter(model:nn.Module, # A model with LoRA layers, merged or not
                          fix="Choose a folder that can be written to") from e
     return folder
 
-# %% ../../nbs/22_lora.io.ipynb #bc439ce0
+# %% ../../nbs/22_lora.io.ipynb #afc3e972
 def _move_in(folder, files):
     staged = {folder/f".{name}.new": name for name in files}
     try:
@@ -142,7 +142,7 @@ def _move_in(folder, files):
     finally:
         for path in staged: path.unlink(missing_ok=True)
 
-# %% ../../nbs/22_lora.io.ipynb #87b0c433
+# %% ../../nbs/22_lora.io.ipynb #39958961
 def _read_tensors(path):
     "Name → tensor of a safetensors file."
     if not path.exists():
@@ -154,7 +154,7 @@ def _read_tensors(path):
         raise FtkitError(f"not a whole safetensors file ({e})", where=path,
                          fix="It was probably cut off on its way here; copy it again") from e
 
-# %% ../../nbs/22_lora.io.ipynb #d28b8eeb
+# %% ../../nbs/22_lora.io.ipynb #2fdd1639
 def _sorted(model, cfg, tensors, path):
     "Layer → its tensors by part; module to save → its tensors; table → the rows of its tokens."
     layers,copies,rows = {},{},{}
@@ -186,7 +186,7 @@ def _layer_of(model, cfg, name):
 def _is_parameter(cfg, name): # of a weight
     return any(name == t or name.endswith("." + t) for t in cfg.get("target_parameters") or [])
 
-# %% ../../nbs/22_lora.io.ipynb #bc401a0d
+# %% ../../nbs/22_lora.io.ipynb #b3fd31b1
 def _is_copy(model, key, t):
     "Whether `t` is the base's own weight; peft adds it where the head is adapted."
     own = dict(model.named_parameters(remove_duplicate=False))
@@ -198,7 +198,7 @@ def _lacks(path, key, count=1):
     return FtkitError(f"the tensor {PREFIX}{key}{more} missing", where=path,
                       fix="The file is incomplete, or the adapter belongs to a smaller model")
 
-# %% ../../nbs/22_lora.io.ipynb #dd9d957c
+# %% ../../nbs/22_lora.io.ipynb #1e5bf65d
 def _check_layer(model, cfg, name, parts, r, path):
     base = cfg.get("base_model_name_or_path")
     fix = f"The adapter was made for {base!r}: load that base" if base else "Load the right base"
@@ -216,7 +216,7 @@ def _check_layer(model, cfg, name, parts, r, path):
 def _key(name, part):
     return f"{name}.lora_" + (f"{part}.weight" if len(part) == 1 else "magnitude_vector")
 
-# %% ../../nbs/22_lora.io.ipynb #fbe5672b
+# %% ../../nbs/22_lora.io.ipynb #a132ce9e
 def _sizes(model, name, path, fix):
     "Experts (1 if it is a linear layer), width of the output, of the input."
     linears,stacks = _linears(model),_stacks(model)
@@ -227,7 +227,7 @@ def _sizes(model, name, path, fix):
     if found is not None: problem = f"{name} is a {type(found).__name__}, not a linear layer"
     raise FtkitError(f"it does not fit this model: {problem}", where=path, fix=fix)
 
-# %% ../../nbs/22_lora.io.ipynb #81d51acb
+# %% ../../nbs/22_lora.io.ipynb #c28da6f5
 def _expected(model, cfg):
     "The layers that the settings name, unless they narrow them down in ways of their own."
     targets,narrowed = cfg.get("target_modules"),("layers_to_transform", "exclude_modules")
@@ -253,7 +253,7 @@ def _plan(model, cfg, layers, folder):
     if not plan: raise FtkitError("there are no tensors in it", where=folder/WEIGHTS)
     return plan
 
-# %% ../../nbs/22_lora.io.ipynb #60ac88e2
+# %% ../../nbs/22_lora.io.ipynb #6b78772f
 def _check_beside(model, cfg, copies, rows, path):
     "Table → its tokens; and how many rows the tables need."
     tables = {id(t) for t in (model.get_input_embeddings(), model.get_output_embeddings())} if (
@@ -273,6 +273,7 @@ def _check_beside(model, cfg, copies, rows, path):
         _check_shape(n + ROWS, rows[n], [len(chosen), width], path)
     return ids,max([needed, *(max(chosen) + 1 for chosen in ids.values())])
 
+# %% ../../nbs/22_lora.io.ipynb #a50ac00b
 def _check_shape(key, tensor, wanted, path):
     if list(tensor.shape) == wanted: return
     raise FtkitError(f"{PREFIX}{key} has the shape {list(tensor.shape)}; this model needs {wanted}",
@@ -289,7 +290,7 @@ def _tokens_of(model, cfg):
     if _tied(model) and embedding in ids: ids.pop(_name_of(model, head), None)
     return ids
 
-# %% ../../nbs/22_lora.io.ipynb #ba7dad9b
+# %% ../../nbs/22_lora.io.ipynb #6b6d4ea7
 def load_adapter(model:nn.Module,     # The base, changed in place
                  folder,              # An adapter folder, ftkit's or peft's
                  trainable:bool=False # Go on training it
@@ -313,7 +314,7 @@ def load_adapter(model:nn.Module,     # The base, changed in place
         p.requires_grad_(trainable)
     return model
 
-# %% ../../nbs/22_lora.io.ipynb #de9a17d0
+# %% ../../nbs/22_lora.io.ipynb #9513a00c
 @torch.no_grad()
 def _fill(name, layer, tensors):
     if isinstance(layer, LoraExperts):
