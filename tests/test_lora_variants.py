@@ -6,7 +6,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 from torch.testing import assert_close
-from transformers import (AutoModelForCausalLM, DeepseekV2Config, LlamaConfig, LlamaForCausalLM,
+from transformers import (AutoConfig, AutoModelForCausalLM, DeepseekV2Config, LlamaConfig, LlamaForCausalLM,
                           MixtralConfig, MixtralForCausalLM, Qwen2MoeConfig, Qwen3MoeConfig)
 from ftkit.core import FtkitError
 from ftkit.lora.dora import DoraLinear
@@ -30,7 +30,13 @@ def toy(dtype=torch.float32, **kwargs):
     return LlamaForCausalLM(LlamaConfig(**SIZES | kwargs)).to(dtype).eval()
 
 
+def family(kind, **kwargs): return AutoConfig.for_model(kind, **SIZES | kwargs)
+
+
 MIXTURES = dict(
+    gpt_oss=lambda: family("gpt_oss", num_local_experts=4, num_experts_per_tok=2, head_dim=16,
+                           layer_types=["full_attention"]*2),
+    phimoe=lambda: family("phimoe", num_local_experts=4),
     mixtral=lambda: MixtralConfig(**SIZES, num_local_experts=4),
     qwen2=lambda: Qwen2MoeConfig(**SIZES, moe_intermediate_size=32, num_experts=4,
                                  shared_expert_intermediate_size=48, num_experts_per_tok=2),
@@ -44,7 +50,10 @@ MIXTURES = dict(
 
 def mixture(name="mixtral", dtype=torch.float32):
     torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(MIXTURES[name]()).to(dtype).eval()
+    model = AutoModelForCausalLM.from_config(MIXTURES[name]()).to(dtype).eval()
+    for n, p in model.named_parameters(): # so that biases of experts count
+        if "experts" in n and "bias" in n: nn.init.normal_(p, std=0.02)
+    return model
 
 
 def stir(model, std=0.05):

@@ -32,10 +32,11 @@ def matches_target(name:str, # Full name of a layer
 HEADS = ("lm_head", "output_layer", "embed_out")
 
 def _linears(model):
-    "Name → module of all linear layers that are called."
-    unused = "NonDynamicallyQuantizableLinear"  # MultiheadAttention reads its weight, no more
-    return {n: m for n,m in model.named_modules()
-            if isinstance(m, nn.Linear) and type(m).__name__ != unused}
+    "Name → module of all linear layers that answer as such."
+    def answers(m):
+        kind = type(m).__name__ # MultiheadAttention reads the weight of its own, no more
+        return kind != "NonDynamicallyQuantizableLinear" and not kind.endswith("Router")
+    return {n: m for n,m in model.named_modules() if isinstance(m, nn.Linear) and answers(m)}
 
 def _stacks(model):
     "Name → module of all stacked weights of experts."
