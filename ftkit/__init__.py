@@ -10,9 +10,13 @@ _ROOMS = {  # module → the names of its that stand on the public face
     "quant.qtensor": "QTensor quantize",
     "quant.linear": "QLinear QExperts quantize_model dequantize_model",
     "lora.layers": "LoraLinear",
-    "lora.inject": "LoraConfig add_lora lora_layers lora_disabled count_parameters merge_lora "
-                   "unmerge_lora unload_lora",
-    "lora.io": "save_adapter load_adapter adapter_config",
+    "lora.dora": "DoraLinear",
+    "lora.experts": "LoraExperts",
+    "lora.modules": "token_ids",
+    "lora.inject": "LoraConfig add_lora lora_layers trained_modules adapted find_targets "
+                   "lora_disabled count_parameters merge_lora unmerge_lora unload_lora",
+    "lora.settings": "adapter_config",
+    "lora.io": "save_adapter load_adapter",
     "data.messages": "Message ToolCall Conversation as_messages",
     "data.templates": "Template Rendered",
     "data.families": "template template_names",
