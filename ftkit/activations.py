@@ -97,9 +97,11 @@ def norm_keeps(layer, config, s:MemorySetting)->int: # Bytes a token
 def attention_keeps(layer, config, s:MemorySetting)->int: # Bytes a token
     "What an attention keeps: queries, keys, values, result, and a number for each head."
     heads,kv,width = _heads(config)
-    total = 2*heads + 2*(heads if s.mask else kv) # with a mask, keys and values are repeated first
+    repeated = s.mask or s.attn == "eager" # keys and values, for each query that shares them
+    total = 2*heads + 2*(heads if repeated else kv)
     if any(_last(n) == "qkv_proj" for n,_ in layer.named_modules()): total += 2*heads + kv
     scores = (4 + _inner(s))*s.length if s.attn == "eager" else 4
+    if config.model_type == "ftkit_alibi": scores += (8 + _inner(s))*s.length # slopes, as a mask
     return _inner(s)*width*total + heads*scores
 
 # %% ../nbs/66_activations.ipynb #7963e524

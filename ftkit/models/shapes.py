@@ -50,7 +50,7 @@ def _line(name):
     keys = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
             "num_key_value_heads", "vocab_size")
     out = dict(zip(keys, numbers), tie_word_embeddings="tied" in more, pad_token_id=None)
-    out |= {k: int(v) for k,v in more.items() if "_" in k}
+    out |= {k: int(v) if v else True for k,v in more.items() if "_" in k}
     if "bias" in more: out["attention_bias"] = True
     if "head" in more: out["head_dim"] = int(more["head"])
     if "experts" in more:
