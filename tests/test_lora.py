@@ -569,10 +569,9 @@ def test_settings_that_do_not_fit(adapter):
 
 
 @pytest.mark.parametrize("field, kwargs", [
-    ("use_dora", dict(use_dora=True)), ("modules_to_save", dict(modules_to_save=["lm_head"])),
     ("bias", dict(bias="all")), ("lora_bias", dict(lora_bias=True)),
-    ("init_lora_weights", dict(init_lora_weights="pissa")),
-    ("trainable_token_indices", dict(trainable_token_indices=[1]))])
+    ("init_lora_weights", dict(init_lora_weights="olora")),
+    ("init_lora_weights", dict(init_lora_weights="pissa_niter_4"))])
 def test_features_of_peft_that_we_lack(field, kwargs, tmp_path):
     peft_made(tmp_path/"p", **dict(r=2, target_modules=["q_proj"]) | kwargs)
     refuses(tmp_path/"p", [f"{field} is", SETTINGS])

@@ -74,6 +74,9 @@ class LoraLinear(nn.Module):
 def _check_options(base, r, alpha, dropout):
     if not isinstance(base, nn.Linear):
         raise FtkitError(f"LoRA goes on nn.Linear, not on {type(base).__name__}")
+    _check_numbers(r, alpha, dropout)
+
+def _check_numbers(r, alpha, dropout):
     number = lambda v, kind=(int, float): isinstance(v, kind) and not isinstance(v, bool)
     if not number(r, int) or r < 1:
         raise FtkitError(f"the rank must be a whole number from 1 on, not {r!r}", where="r")

@@ -97,7 +97,7 @@ def _load_base(folder, dtype, device, attn, bits=None):
         model = load_exactly(folder, dtype, device, attn, bits)
         if model is not None: return model
         model = _load_by_transformers(folder, dtype, device, attn)
-        return quantize_model(model, bits, compute_dtype=dtype) if bits else model
+        return quantize_model(model, bits) if bits else model
     except (ValueError, OSError, RuntimeError, ImportError, TypeError, AttributeError) as e:
         if isinstance(e, torch.OutOfMemoryError): raise
         raise FtkitError(f"transformers cannot load this model: {e}", where=folder) from e

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['quiet', 'usable_attention', 'skeleton', 'tied_names', 'wanted_state', 'compare', 'settle_ties', 'fill', 'put',
-           'loading_bar', 'quantizer', 'put_quantized', 'load_exactly', 'save_original', 'original_config']
+           'loading_bar', 'quantized_skeleton', 'put_quantized', 'load_exactly', 'save_original', 'original_config']
 
 # %% ../../nbs/45_models.stream.ipynb #5a56ac30
 import json, re, sys
@@ -19,8 +19,8 @@ from ..lora.inject import lora_layers
 from .checkpoint import Checkpoint, read_ahead, write_weights
 from .families import ORIGINALS, architecture, check_config, mapping_of, native_config
 from .mapping import original_shapes, to_original
-from ..quant.linear import QLinear, quantize_model
-from ..quant.qtensor import QTensor, quantization_config
+from ..quant.linear import Frozen, QLinear, quantize_model
+from ..quant.qtensor import QTensor, quantize
 
 # %% ../../nbs/45_models.stream.ipynb #62bdabc9
 @contextmanager
@@ -114,11 +114,12 @@ def fill(model,            # From `skeleton`, changed in place
          mapping,          # Rules for the tensors of the files
          files:Checkpoint,
          device="cpu",     # Where the weights go
-         place=None        # Function (model, name, tensor) that takes care of a tensor, or returns False
+         bits:int=None     # Quantize to 4 or 8 bits on the way
         ):                 # The same model
     "Read all weights into a model, one group of tensors at a time."
     state,device = wanted_state(model),torch.device(device)
     groups,sums = mapping.groups(state),[]
+    place = quantized_skeleton(model, bits) if bits else None
     order = [part for g in groups for n in g.original for part in files.parts(n)]
     read = lambda name: files.read(name, pin=device.type == "cuda")
     with loading_bar(sum(map(files.size, order))) as advance:
@@ -190,22 +191,20 @@ def loading_bar(total:int # Bytes
         yield lambda n: bar.advance(task, n)
 
 # %% ../../nbs/45_models.stream.ipynb #60e9248e
-def quantizer(model,
-              bits:int,  # 4, or 8 through bitsandbytes
-              **how      # Options of `quantize_model`
-             )->callable: # For `fill`
-    "Quantize linear layers while they are filled."
-    if bits not in (4, 8): raise FtkitError(f"{bits!r} bits can't be had", where="bits", fix="Use 4 or 8")
-    head = model.get_output_embeddings()
+def quantized_skeleton(model,   # From `skeleton`, changed in place
+                       bits:int # 4, or 8 through bitsandbytes
+                      )->callable: # What `fill` needs to quantize the weights
+    "Exchange the linear layers and experts of an empty model."
+    model = quantize_model(model, bits)
     def place(model, name, t):
         parent,_,last = name.rpartition(".")
-        old = model.get_submodule(parent)
-        if last != "weight" or type(old) is not nn.Linear or old is head: return False
-        holder = nn.Sequential(nn.Linear(old.in_features, old.out_features, False, "meta", t.dtype))
-        holder[0].weight = nn.Parameter(t, False)
-        quantize_model(holder, bits, skip=[], **how)
-        holder[0].bias = old.bias
-        model.set_submodule(parent, holder[0].train(old.training))
+        layer = model.get_submodule(parent)
+        if isinstance(layer, Frozen) and last in layer._frozen:
+            facts = layer._frozen[last]
+            layer.load_qtensor(quantize(t, facts["kind"], facts["block"], layer.qtensor(last).double), last)
+        elif type(layer).__name__ == "Linear8bitLt" and last == "weight":
+            layer.weight = type(layer.weight)(t.cpu(), requires_grad=False, has_fp16_weights=False).to(t.device)
+        else: return False
         return True
     return place
 
@@ -226,15 +225,14 @@ def load_exactly(folder, dtype=torch.float32, device="cpu", attn="sdpa", bits=No
     files,config = Checkpoint(folder),native_config(folder)
     mapping = mapping_of(check_config(folder), files)
     model = skeleton(config, dtype, attn)
-    if settle_ties(model, mapping, files): model = skeleton(config, dtype, attn)
+    if settle_ties(model, mapping, files): model = skeleton(model.config, dtype, attn)
     faults = compare(model, mapping, files)
     if any(faults.values()):
         if _transformers_converts(model, faults): return None
         check_match(faults, folder)
     if bits and files.packed: raise FtkitError("its weights are quantized already", where=folder,
                                                fix=f"Leave out bits={bits}")
-    model = fill(model, mapping, files, device, quantizer(model, bits) if bits else None)
-    if bits: config.quantization_config = quantization_config(bits, compute_dtype=dtype)
+    model = fill(model, mapping, files, device, bits)
     if getattr(config, "original_config", None): model.extra_tensors = _extras(model, mapping, files)
     return model
 

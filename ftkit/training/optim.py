@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from ..core import FtkitError, need, say, unknown_name
 from ..lora.inject import lora_second_factors
+from ..lora.modules import TokenRows
 
 # %% ../../nbs/60_training.optim.ipynb #90029907
 @dataclass
@@ -82,7 +83,7 @@ def learning_rate(cfg:OptimConfig,
 # %% ../../nbs/60_training.optim.ipynb #7db514ab
 def decay_groups(model:nn.Module)->tuple: # Names with decay, names without
     "Names of trainable parameters: matrices, and what should not be pulled towards zero."
-    tables = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) or hasattr(m, "rows")
+    tables = {id(p) for m in model.modules() if isinstance(m, (nn.Embedding, TokenRows))
               for p in m.parameters(recurse=False)}
     trainable = [(n,p) for n,p in model.named_parameters() if p.requires_grad]
     decays = [n for n,p in trainable if p.ndim >= 2 and id(p) not in tables]

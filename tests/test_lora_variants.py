@@ -1,0 +1,401 @@
+"DoRA, PiSSA, trained modules, tokens and experts: the same files and logits as peft's, both ways."
+import json, warnings
+from copy import deepcopy
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+from torch.testing import assert_close
+from transformers import (AutoModelForCausalLM, DeepseekV2Config, LlamaConfig, LlamaForCausalLM,
+                          MixtralConfig, Qwen2MoeConfig, Qwen3MoeConfig)
+from ftkit.core import FtkitError
+from ftkit.lora.dora import DoraLinear
+from ftkit.lora.experts import LoraExperts
+from ftkit.lora.inject import (LoraConfig, adapted, add_lora, count_parameters, lora_disabled,
+                               lora_layers, merge_lora, trained_modules, unload_lora, unmerge_lora)
+from ftkit.lora.io import SETTINGS, WEIGHTS, adapter_config, load_adapter, save_adapter
+
+peft = pytest.importorskip("peft")
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
+SIZES = dict(vocab_size=128, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
+             num_attention_heads=4, num_key_value_heads=2)
+IDS = torch.randint(0, 128, (2, 9), generator=torch.Generator().manual_seed(0))
+
+
+def toy(dtype=torch.float32, **kwargs):
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(**SIZES | kwargs)).to(dtype).eval()
+
+
+MIXTURES = dict(
+    mixtral=lambda: MixtralConfig(**SIZES, num_local_experts=4),
+    qwen2=lambda: Qwen2MoeConfig(**SIZES, moe_intermediate_size=32, num_experts=4,
+                                 shared_expert_intermediate_size=48, num_experts_per_tok=2),
+    qwen3=lambda: Qwen3MoeConfig(**SIZES, moe_intermediate_size=32, num_experts=4,
+                                 num_experts_per_tok=2, head_dim=16),
+    deepseek=lambda: DeepseekV2Config(
+        **SIZES | dict(num_key_value_heads=4), moe_intermediate_size=32, n_routed_experts=4,
+        num_experts_per_tok=2, n_shared_experts=1, first_k_dense_replace=1, q_lora_rank=None,
+        kv_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=16, topk_method="greedy"))
+
+
+def mixture(name="mixtral", dtype=torch.float32):
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(MIXTURES[name]()).to(dtype).eval()
+
+
+def stir(model, std=0.05):
+    "Change what is trained, as training does."
+    g = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for n, p in model.named_parameters():
+            if p.requires_grad: p.add_(std*torch.randn(p.shape, generator=g).to(p))
+    return model
+
+
+def tuned(model=None, **kwargs):
+    model = toy() if model is None else model
+    return stir(add_lora(model, LoraConfig(**dict(r=4, alpha=8) | kwargs)))
+
+
+def peft_made(folder, model, **kwargs):
+    cfg = peft.LoraConfig(**dict(r=4, lora_alpha=8, task_type="CAUSAL_LM") | kwargs)
+    made = stir(peft.get_peft_model(model, cfg)).eval()
+    made.save_pretrained(folder)
+    return made
+
+
+def peft_load(folder, model): return peft.PeftModel.from_pretrained(model, folder).eval()
+def logits(model, ids=IDS): return model(ids).logits.detach()
+def close(a, b): assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def both_ways(folder, base, ours, ids=IDS):
+    "Ours → file → peft and ours again, all with the same logits, and a base that was not the same."
+    save_adapter(ours, folder, "some/base")
+    wanted = logits(ours.eval(), ids)
+    close(logits(peft_load(folder, base()), ids), wanted)
+    again = load_adapter(base(), folder)
+    close(logits(again, ids), wanted)
+    assert not any(p.requires_grad for p in again.parameters())
+    save_adapter(again, folder/"again", "some/base")
+    old, new = load_file(folder/WEIGHTS), load_file(folder/"again"/WEIGHTS)
+    assert list(old) == list(new) and all(torch.equal(old[k], new[k]) for k in old)
+    assert json.loads((folder/SETTINGS).read_text()) == json.loads((folder/"again"/SETTINGS).read_text())
+    return wanted
+
+
+def gradients_like_pefts(folder, base, ours, rename):
+    theirs = peft.PeftModel.from_pretrained(base(), folder, is_trainable=True)
+    again = load_adapter(base(), folder, trainable=True)
+    for m in again, theirs: m.train()(IDS, labels=IDS).loss.backward()
+    wanted = {n: p.grad for n, p in theirs.named_parameters() if p.grad is not None}
+    for n, p in again.named_parameters():
+        if not p.requires_grad: continue
+        close(p.grad, rename(n, wanted))
+    return len(wanted)
+
+
+# ---- DoRA
+
+@pytest.mark.parametrize("more", [{}, dict(rslora=True), dict(targets=["q_proj", "up_proj"])])
+def test_dora(more, tmp_path):
+    ours = tuned(dora=True, **more)
+    wanted = both_ways(tmp_path, toy, ours)
+    assert not torch.equal(wanted, logits(toy()))
+    cfg = adapter_config(tmp_path)
+    assert cfg["use_dora"] and sum("magnitude_vector" in k for k in load_file(tmp_path/WEIGHTS)) == \
+        len(lora_layers(ours))
+    def rename(n, theirs):
+        name, part = n.rsplit(".", 1)
+        end = "magnitude_vector.default.weight" if part == "magnitude" else f"{part}.default.weight"
+        return theirs[f"base_model.model.{name}.lora_{end}"]
+    assert gradients_like_pefts(tmp_path, toy, ours, rename) == 3*len(lora_layers(ours))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dora_of_peft(dtype, tmp_path):
+    theirs = peft_made(tmp_path, toy(dtype), use_dora=True, target_modules="all-linear",
+                       exclude_modules=["lm_head"])
+    ours = load_adapter(toy(dtype), tmp_path)
+    assert {type(m) for m in lora_layers(ours).values()} == {DoraLinear}
+    rough = dict(rtol=1e-4, atol=1e-5) if dtype == torch.float32 else dict(rtol=0.05, atol=0.05)
+    assert_close(logits(ours), logits(theirs), **rough)
+    merged = theirs.merge_and_unload()
+    assert_close(logits(unload_lora(ours)), logits(merged), **rough)
+
+
+def test_dora_starts_at_the_base_and_goes_back():
+    for dtype in torch.float32, torch.bfloat16:
+        model = add_lora(toy(dtype), LoraConfig(dora=True, dropout=0.5))
+        assert torch.equal(logits(model.train()), logits(toy(dtype)))
+    model, base = tuned(dora=True), logits(toy())
+    before = logits(model)
+    assert not torch.equal(before, base)
+    with lora_disabled(model): assert torch.equal(logits(model), base)
+    close(logits(merge_lora(model)), before)
+    assert torch.equal(logits(unmerge_lora(model)), before)
+
+
+def test_dora_lacks_its_lengths(tmp_path):
+    save_adapter(tuned(), tmp_path, "x")
+    settings = json.loads((tmp_path/SETTINGS).read_text())
+    (tmp_path/SETTINGS).write_text(json.dumps(settings | dict(use_dora=True)))
+    with pytest.raises(FtkitError, match="lora_magnitude_vector is missing"):
+        load_adapter(toy(), tmp_path)
+
+
+# ---- PiSSA
+
+@pytest.mark.parametrize("start", ["pissa", "pissa_niter_8"])
+@pytest.mark.parametrize("rslora", [False, True])
+@pytest.mark.parametrize("dora", [False, True])
+def test_pissa_files_fit_the_original_base(start, rslora, dora, tmp_path):
+    if dora and rslora: pytest.skip("each by itself is enough")
+    torch.manual_seed(1)
+    model = add_lora(toy(), LoraConfig(r=4, alpha=8, start=start, rslora=rslora, dora=dora))
+    if not dora: close(logits(model), logits(toy()))
+    ours = stir(model)
+    wanted = both_ways(tmp_path, toy, ours)
+    assert adapter_config(tmp_path)["r"] == 8
+    with lora_disabled(ours): close(logits(ours), logits(toy()))
+    close(logits(unload_lora(deepcopy(ours))), wanted)
+    close(logits(unload_lora(ours, merge=False)), logits(toy()))
+
+
+def test_pissa_starts_like_pefts():
+    ours = add_lora(toy(), LoraConfig(r=4, alpha=8, start="pissa", targets=["q_proj", "up_proj"]))
+    theirs = peft.get_peft_model(toy(), peft.LoraConfig(
+        r=4, lora_alpha=8, init_lora_weights="pissa", target_modules=["q_proj", "up_proj"]))
+    for name, layer in lora_layers(ours).items():
+        other = theirs.get_submodule(f"base_model.model.{name}")
+        close(layer.base.weight, other.base_layer.weight)
+        close(layer.B @ layer.A, other.lora_B["default"].weight @ other.lora_A["default"].weight)
+        close(layer.A.abs(), other.lora_A["default"].weight.abs())
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_pissa_of_peft(rslora, tmp_path):
+    "Converted by peft, and as peft saves it without conversion."
+    base = toy()
+    cfg = peft.LoraConfig(r=4, lora_alpha=8, use_rslora=rslora, init_lora_weights="pissa",
+                          target_modules=["q_proj", "up_proj"], task_type="CAUSAL_LM")
+    theirs = peft.get_peft_model(base, cfg)
+    theirs.peft_config["default"].init_lora_weights = True
+    theirs.save_pretrained(tmp_path/"start")
+    theirs.peft_config["default"].init_lora_weights = "pissa"
+    stir(theirs).eval()
+    wanted = logits(theirs)
+    theirs.save_pretrained(tmp_path/"raw")
+    close(logits(load_adapter(toy(), tmp_path/"raw")), wanted)
+    theirs.save_pretrained(tmp_path/"plain", path_initial_model_for_weight_conversion=str(tmp_path/"start"))
+    close(logits(load_adapter(toy(), tmp_path/"plain")), wanted)
+
+
+# ---- modules_to_save
+
+def test_modules_to_save(tmp_path):
+    ours = tuned(modules_to_save=["lm_head", "model.norm"])
+    assert "in full: model.norm, lm_head" in adapted(ours)
+    wanted = both_ways(tmp_path, toy, ours)
+    assert sorted(adapter_config(tmp_path)["modules_to_save"]) == ["lm_head", "model.norm"]
+    with lora_disabled(ours): assert torch.equal(logits(ours), logits(toy()))
+    close(logits(unload_lora(deepcopy(ours))), wanted)
+    assert torch.equal(logits(unload_lora(ours, merge=False)), logits(toy()))
+
+
+def test_modules_to_save_of_peft(tmp_path):
+    theirs = peft_made(tmp_path, toy(), target_modules=["q_proj"],
+                       modules_to_save=["embed_tokens", "lm_head", "input_layernorm"])
+    ours = load_adapter(toy(), tmp_path, trainable=True)
+    assert len(trained_modules(ours)) == 4
+    close(logits(ours), logits(theirs))
+    assert count_parameters(ours)[0] == sum(p.numel() for p in theirs.parameters() if p.requires_grad)
+
+
+def test_head_of_a_tied_model_by_peft(tmp_path):
+    base = lambda: toy(tie_word_embeddings=True)
+    theirs = peft_made(tmp_path, base(), target_modules=["q_proj"], modules_to_save=["lm_head"])
+    ours = load_adapter(base(), tmp_path)
+    close(logits(ours), logits(theirs))
+    plain = unload_lora(ours)
+    close(logits(plain), logits(theirs))
+    assert not plain.config.tie_word_embeddings
+    plain.save_pretrained(tmp_path/"merged")
+    close(logits(AutoModelForCausalLM.from_pretrained(tmp_path/"merged")), logits(theirs))
+
+
+def test_a_copy_of_the_head_in_half_precision():
+    model = tuned(toy(torch.bfloat16), modules_to_save=["lm_head"])
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+    assert logits(model).dtype == torch.bfloat16
+    with torch.autocast("cpu", dtype=torch.bfloat16): model.train()(IDS, labels=IDS).loss.backward()
+    assert all(p.grad.count_nonzero() for p in model.parameters() if p.requires_grad and p.ndim > 1)
+
+
+# ---- tokens
+
+MORE = torch.cat([IDS, torch.tensor([[7, 100, 127, 7, 3, 5, 100, 100, 1]])])
+
+
+@pytest.mark.parametrize("tie", [False, True])
+def test_tokens(tie, tmp_path):
+    base = lambda: toy(tie_word_embeddings=tie)
+    ours = tuned(base(), tokens=[7, 100, 127])
+    wanted = both_ways(tmp_path, base, ours, MORE)
+    rows = adapter_config(tmp_path)["trainable_token_indices"]
+    assert rows == {"model.embed_tokens": [7, 100, 127]} | ({} if tie else {"lm_head": [7, 100, 127]})
+    with lora_disabled(ours): close(logits(ours, MORE), logits(base(), MORE))
+    plain = unload_lora(deepcopy(ours))
+    close(logits(plain, MORE), wanted)
+    assert (plain.lm_head.weight is plain.model.embed_tokens.weight) == tie
+    plain.save_pretrained(tmp_path/"merged")
+    close(logits(AutoModelForCausalLM.from_pretrained(tmp_path/"merged"), MORE), wanted)
+    def rename(n, theirs):
+        if n.endswith("rows"): n = n[:-5] + ".token_adapter.trainable_tokens_delta.default"
+        else: n = "{}.lora_{}.default.weight".format(*n.rsplit(".", 1))
+        return theirs[f"base_model.model.{n}"]
+    gradients_like_pefts(tmp_path, base, ours, rename)
+
+
+@pytest.mark.parametrize("tie", [False, True])
+@pytest.mark.parametrize("ids", [[1, 99], dict(embed_tokens=[1, 99], lm_head=[1, 99])])
+def test_tokens_of_peft(ids, tie, tmp_path):
+    base = lambda: toy(tie_word_embeddings=tie)
+    theirs = peft_made(tmp_path, base(), target_modules=["q_proj"], trainable_token_indices=ids)
+    both = MORE.where(MORE != 100, 99)
+    close(logits(load_adapter(base(), tmp_path), both), logits(theirs, both))
+
+
+@pytest.mark.parametrize("tie", [False, True])
+def test_tokens_that_are_new(tie, tmp_path):
+    "The base grows; peft's user has to say so, ftkit does it on loading."
+    base = lambda: toy(tie_word_embeddings=tie)
+    new = MORE.where(MORE != 100, 129)
+    ours = tuned(base(), tokens=[128, 129])
+    wanted = logits(ours, new)
+    save_adapter(ours, tmp_path, "x")
+    again = load_adapter(base(), tmp_path)
+    close(logits(again, new), wanted)
+    assert again.config.vocab_size == 130
+    grown = base()
+    grown.resize_token_embeddings(130)
+    close(logits(peft_load(tmp_path, grown), new), wanted)
+    unload_lora(again).save_pretrained(tmp_path/"merged")
+    close(logits(AutoModelForCausalLM.from_pretrained(tmp_path/"merged"), new), wanted)
+
+
+def test_whole_tables_for_new_tokens(tmp_path):
+    base = toy()
+    base.resize_token_embeddings(130)
+    ours = tuned(base, modules_to_save=["embed_tokens", "lm_head"])
+    wanted = logits(ours, new := MORE.where(MORE != 100, 129))
+    save_adapter(ours, tmp_path, "x")
+    close(logits(load_adapter(toy(), tmp_path), new), wanted)
+    grown = toy()
+    grown.resize_token_embeddings(130)
+    close(logits(peft_load(tmp_path, grown), new), wanted)
+
+
+# ---- experts
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_experts(name, tmp_path):
+    base = lambda: mixture(name)
+    assert_close(logits(add_lora(base(), LoraConfig())), logits(base()), rtol=1e-5, atol=1e-6)
+    ours = tuned(base())
+    layers = lora_layers(ours).values()
+    assert any(isinstance(m, LoraExperts) for m in layers) and "the experts of" in adapted(ours)
+    wanted = both_ways(tmp_path, base, ours)
+    assert (wanted - logits(base())).abs().max() > 1e-3
+    with lora_disabled(ours): assert torch.equal(logits(ours), logits(base()))
+    close(logits(merge_lora(ours)), wanted)
+    close(logits(unload_lora(ours)), wanted)
+
+
+def test_experts_learn_like_pefts(tmp_path):
+    save_adapter(tuned(mixture()), tmp_path, "x")
+    theirs = peft.PeftModel.from_pretrained(mixture(), tmp_path, is_trainable=True)
+    ours = load_adapter(mixture(), tmp_path, trainable=True)
+    for m in ours, theirs: m.train()(IDS, labels=IDS).loss.backward()
+    wanted = {n: p.grad for n, p in theirs.named_parameters() if p.grad is not None}
+    for name, layer in lora_layers(ours).items():
+        if not isinstance(layer, LoraExperts): continue
+        for stack, inner in dict(gate_up_proj=".base_layer", down_proj="").items():
+            key = f"base_model.model.{name}{inner}.lora_"
+            A, B = (wanted[f"{key}{p}.default.weight"] for p in "AB")
+            close(layer.A[stack].grad.flatten(0, 1), A)
+            close(layer.B[stack].grad.permute(1, 2, 0).flatten(1), B)
+            assert B.count_nonzero()
+
+
+@pytest.mark.parametrize("params", [["experts.gate_up_proj", "experts.down_proj"],
+                                    ["experts.down_proj"], ["gate_up_proj"]])
+@pytest.mark.parametrize("name", ["mixtral", "qwen3"])
+def test_experts_of_peft(name, params, tmp_path):
+    theirs = peft_made(tmp_path, mixture(name), target_modules=["q_proj"], target_parameters=params,
+                       rank_pattern={"experts.gate_up_proj": 2})
+    ours = load_adapter(mixture(name), tmp_path)
+    close(logits(ours), logits(theirs))
+    plan = next(m.plan for m in lora_layers(ours).values() if isinstance(m, LoraExperts))
+    assert plan.get("gate_up_proj", (2, 8)) == (2, 8)
+    both_ways(tmp_path/"ours", lambda: mixture(name), ours)
+
+
+def test_only_experts(tmp_path):
+    ours = tuned(mixture(), targets=["gate_up_proj", "down_proj"])
+    assert adapter_config(save_adapter(ours, tmp_path, "x"))["target_modules"] is None
+    both_ways(tmp_path, mixture, ours)
+
+
+def test_experts_in_half_precision_with_dropout():
+    model = tuned(mixture(dtype=torch.bfloat16), dropout=0.3).train()
+    with torch.autocast("cpu", dtype=torch.bfloat16): model(IDS, labels=IDS).loss.backward()
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    assert {p.grad.dtype for p in trained.values()} == {torch.float32}
+    assert sum(bool(p.grad.count_nonzero()) for p in trained.values()) == len(trained)
+    assert not torch.equal(logits(model), logits(model))
+
+
+def test_experts_with_gradient_checkpointing():
+    def grads(checkpoint):
+        model = tuned(mixture()).train()
+        if checkpoint: model.gradient_checkpointing_enable({"use_reentrant": False})
+        model(IDS, labels=IDS, use_cache=False).loss.backward()
+        return {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
+    assert_close(grads(True), grads(False))
+
+
+# ---- 8 bits
+
+def in_8_bits(model):
+    bnb = pytest.importorskip("bitsandbytes")
+    for n, m in [*model.named_modules()]:
+        if not isinstance(m, nn.Linear) or n == "lm_head": continue
+        new = bnb.nn.Linear8bitLt(m.in_features, m.out_features, m.bias is not None,
+                                  has_fp16_weights=False)
+        new.load_state_dict(m.state_dict())
+        model.set_submodule(n, new.to("cpu"))
+    return model.eval()
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_over_8_bits(dora, tmp_path):
+    base = lambda: in_8_bits(toy())
+    ours = tuned(base(), dora=dora)
+    save_adapter(ours, tmp_path, "x")
+    close(logits(load_adapter(base(), tmp_path)), logits(ours))
+    ours.train()(IDS, labels=IDS).loss.backward()
+    assert all(p.grad.count_nonzero() for p in ours.parameters() if p.requires_grad)
+    with lora_disabled(ours.eval()): close(logits(ours), logits(base()))
+    before = logits(ours)
+    plain = unload_lora(ours)
+    assert {type(m) for m in plain.modules() if isinstance(m, nn.Linear)} == {nn.Linear}
+    assert {p.dtype for p in plain.parameters()} == {torch.float32}
+    # inputs are rounded to 8 bits in the layer of bitsandbytes, and not in the plain one
+    assert (logits(plain) - before).norm() < 0.1*before.norm()
+
+
+def test_no_pissa_over_8_bits():
+    with pytest.raises(FtkitError, match="q_proj.*fewer bits|lora.start.*fewer bits"):
+        add_lora(in_8_bits(toy()), LoraConfig(start="pissa"))
