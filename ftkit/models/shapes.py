@@ -84,9 +84,11 @@ def _from_folder(what):
         raise
 
 # %% ../../nbs/65_models.shapes.ipynb #e1fe50ef
-def empty_model(what # As for `shape_config`
-               ):    # A transformers model on the device "meta"
+def empty_model(what,              # As for `shape_config`
+                dtype=torch.float32 # Type of the weights that it does not have
+               ):                  # A transformers model on the device "meta"
     "The model of a shape, without memory for its weights."
     from transformers import AutoModelForCausalLM
     with torch.device("meta"), quiet():
-        return AutoModelForCausalLM.from_config(shape_config(what), trust_remote_code=False)
+        return AutoModelForCausalLM.from_config(shape_config(what), dtype=dtype,
+                                                trust_remote_code=False)
