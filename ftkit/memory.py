@@ -15,7 +15,8 @@ from html import escape
 from math import prod
 import torch
 from torch import nn
-from .activations import METHODS, MemorySetting, _DOWN, _inner, _last, _size, layer_keeps
+from .activations import (METHODS, MemorySetting, _DOWN, _adapter_type, _inner, _last, _size,
+                               layer_keeps)
 from .core import DTYPES, FtkitError, unknown_name
 from .lora.inject import _is_head, _linears, add_lora, lora_layers
 from .models.shapes import empty_model
@@ -44,14 +45,18 @@ def prepared(model,          # On the device "meta", as `empty_model` makes it
     new = empty_model(deepcopy(model.config), DTYPES[s.weights])
     if s.bits == 4: quantize_model(new, double=s.double_quant)
     if s.lora:
-        tokens = tuple(range(len(s.lora.tokens))) # which ones does not matter
-        with torch.device("meta"): add_lora(new, replace(s.lora, start="default", tokens=tokens))
+        with torch.device("meta"): add_lora(new, replace(s.lora, start="default", tokens=()))
     return made.setdefault(key, new)
 
 def trained_tensors(model, s:MemorySetting)->list: # (shape, bytes of one number)
     "The tensors that get gradients."
-    return [(tuple(p.shape), p.itemsize) for p in prepared(model, s).parameters()
-            if p.requires_grad]
+    found = [(tuple(p.shape), p.itemsize) for p in prepared(model, s).parameters()
+             if p.requires_grad]
+    if not s.lora or not s.lora.tokens: return found
+    rows = len(s.lora.tokens),model.config.hidden_size # of the embedding and of a head of its own
+    return found + [(rows, _size(_adapter_type(s)))]*(1 if _tied(model) else 2)
+
+def _tied(model): return model.get_output_embeddings().weight is model.get_input_embeddings().weight
 
 def _total(tensors): return sum(prod(shape)*size for shape,size in tensors)
 
@@ -83,7 +88,8 @@ def resident(model, s:MemorySetting)->dict: # Name of a part → bytes
     "What stays on the GPU during the whole run, but for the gradients."
     new,trained = prepared(model, s),trained_tensors(model, s)
     adapters = _total(trained) if s.lora else 0
-    weights = sum(t.nbytes for t in [*new.parameters(), *new.buffers()]) - adapters
+    weights = sum(t.nbytes for t in [*new.parameters(), *new.buffers()]
+                  if not (s.lora and t.requires_grad))
     less,scales = _eight_bits(model, s) if s.bits == 8 else (_scales(new), _scales(new))
     if s.lora and s.lora.start != "default": adapters *= 2 # what it started with is kept
     return {"weights": weights - less, "scales": scales, "adapters": adapters,
@@ -136,7 +142,7 @@ def gradient_bytes(model, s:MemorySetting)->dict: # Moment → bytes
     if s.lora: return dict(before=0, top=0, bottom=every - every//len(layers), update=every)
     head,table = model.get_output_embeddings().weight,model.get_input_embeddings().weight
     layer = size*max(sum(p.numel() for p in m.parameters()) for m in layers)
-    head,table,tied = size*head.numel(),size*table.numel(),head is table
+    head,table,tied = size*head.numel(),size*table.numel(),_tied(model)
     return dict(before=0, top=head, bottom=every - layer - (0 if tied else table),
                 update=every + (table if tied else 0))
 
