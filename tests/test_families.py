@@ -250,6 +250,22 @@ def test_redundant_head_of_a_tied_minicpm(tmp_path):
     assert weight_headers(tmp_path/"b") == weight_headers(tmp_path/"m")
 
 
+@pytest.mark.parametrize("raw", [MINICPM, None])
+def test_a_file_with_the_head_alone(raw, tmp_path):
+    if raw: model = make(tmp_path/"m", raw)
+    else:
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(
+            "llama", vocab_size=96, hidden_size=32, intermediate_size=40, num_hidden_layers=1, num_attention_heads=2,
+            tie_word_embeddings=True))
+        model.save_pretrained(tmp_path/"m")
+    state,ids = load_file(tmp_path/"m/model.safetensors"),torch.arange(9)[None]
+    state["lm_head.weight"] = state.pop("model.embed_tokens.weight")
+    save_file(state, tmp_path/"m/model.safetensors", {"format": "pt"})
+    again = load(tmp_path/"m")
+    assert again.lm_head.weight is again.model.embed_tokens.weight
+    assert_close(logits(again, ids), logits(model, ids), atol=1e-5, rtol=0)
+
+
 @pytest.mark.parametrize("name", ["internlm2", "qwen_long", "baichuan13_40_heads", "minicpm"])
 def test_packed_rows_are_apart(name, tmp_path):
     make(tmp_path/"m", SHAPES[name])
@@ -451,7 +467,8 @@ def test_folders_of_transformers_and_bitsandbytes(tmp_path):
     own.save_pretrained(tmp_path/"ours")
     back = AutoModelForCausalLM.from_pretrained(tmp_path/"ours", device_map="cpu")
     assert isinstance(back.model.layers[0].mlp.up_proj, bnb.nn.Linear4bit)
-    assert_close(logits(back, ids).float(), logits(own, ids).float(), atol=0.05, rtol=0.05)
+    gap = logits(back, ids).float() - logits(own, ids).float() # their kernel rounds in places of its own
+    assert gap.norm() < 0.02*logits(own, ids).float().norm()
     state = load_file(tmp_path/"theirs/model.safetensors")
     name = "model.layers.1.mlp.up_proj.weight.absmax"
     state.pop(name)
