@@ -72,6 +72,7 @@ def linear_keeps(layer,         # A decoder layer
         elif _last(name) not in _OUT: shared[name.rpartition(".")[0]] = size*m.in_features
         if s.lora: total += size*s.lora.r
         if dropout: total += m.in_features
+        if s.lora and s.lora.dora: total += 2*_inner(s)*m.out_features
     return total + sum(shared.values())
 
 # %% ../nbs/66_activations.ipynb #9527ccbb
@@ -97,13 +98,15 @@ def norm_keeps(layer, config, s:MemorySetting)->int: # Bytes a token
 def attention_keeps(layer, config, s:MemorySetting)->int: # Bytes a token
     "What an attention keeps: queries, keys, values, result, and a number for each head."
     heads,kv,width = _heads(config)
-    total = 2*heads + 2*(heads if s.mask else kv) # with a mask, keys and values are repeated first
+    repeated = s.mask or s.attn == "eager" # keys and values, for each query that shares them
+    total = 2*heads + 2*(heads if repeated else kv)
     if any(_last(n) == "qkv_proj" for n,_ in layer.named_modules()): total += 2*heads + kv
     scores = (4 + _inner(s))*s.length if s.attn == "eager" else 4
+    if config.model_type == "ftkit_alibi": scores += (8 + _inner(s))*s.length # slopes, as a mask
     return _inner(s)*width*total + heads*scores
 
 # %% ../nbs/66_activations.ipynb #7963e524
-def mlp_keeps(layer, config, s:MemorySetting)->int: # Bytes a token
+def mlp_keeps(layer, config, learned:set, s:MemorySetting)->int: # Bytes a token
     "What an MLP keeps between its matrices; of experts, those that a token meets."
     linears,total = _linears(layer),0
     for name,m in linears.items():
@@ -112,13 +115,19 @@ def mlp_keeps(layer, config, s:MemorySetting)->int: # Bytes a token
                   and n.rpartition(".")[0] == name.rpartition(".")[0]]
         total += _inner(s)*m.in_features*(3 if sum(beside) >= 2*m.in_features else 1)
     for name,p in layer.named_parameters():
-        if p.ndim != 3 or _last(name) != "gate_up_proj": continue
-        wide,h = p.shape[1]//2,config.hidden_size
-        each = 3*wide + h + (0 if s.lora else h + wide)
-        total += config.num_experts_per_tok*_size(s.weights)*each
+        if p.ndim == 3 and _last(name) == "gate_up_proj":
+            total += config.num_experts_per_tok*_expert(name, p.shape[1]//2, config, learned, s)
     return total
+
+def _expert(name, wide, config, learned, s):
+    "What one expert keeps of a token: gate and up, its activation, the answer; what is read."
+    h,read = config.hidden_size,0 if s.lora else config.hidden_size + wide
+    for stack,width in ((name, h), (name.replace("gate_up", "down"), wide)):
+        if s.lora and stack in learned: read += width + s.lora.r
+    alone = s.bits or (s.lora and name in learned) # one expert at a time, else all by one kernel
+    return (_inner(s) if alone else _size(s.weights))*(3*wide + h + read)
 
 def layer_keeps(layer, config, learned:set, s:MemorySetting)->int: # Bytes a token
     "All that a decoder layer keeps for the backward pass."
     return (linear_keeps(layer, learned, s) + norm_keeps(layer, config, s)
-            + attention_keeps(layer, config, s) + mlp_keeps(layer, config, s))
+            + attention_keeps(layer, config, s) + mlp_keeps(layer, config, learned, s))
