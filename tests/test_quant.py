@@ -48,7 +48,8 @@ def weights(shape, dtype=torch.float32, seed=0, zeros=0, device="cpu"):
 
 
 def equal(ours, theirs):
-    return set(ours) == set(theirs) and all(torch.equal(ours[k], theirs[k]) for k in ours)
+    return set(ours) == set(theirs) and all(torch.equal(ours[k].cpu(), theirs[k].cpu())
+                                            for k in ours)
 
 
 def layout(codes, state):
