@@ -58,6 +58,7 @@ def log_dataset(what,           # Name, recipe file or `Recipe`; or a data file
         if show == "all": print(f"--- {name}")
         _print(views[name]())
     if show == "all": print(f"---\n{data!r}")
+    elif sys.stderr.isatty(): print(repr(data), file=sys.stderr)
 
 def _unicode():
     "Whether whoever reads the output can be told any character."

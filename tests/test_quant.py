@@ -4,6 +4,8 @@ from copy import deepcopy
 from itertools import product
 from pathlib import Path
 import pytest
+from fractions import Fraction
+
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
@@ -105,15 +107,21 @@ def test_any_size(n, kind, block, dtype, seed, double, scale):
     assert torch.equal(QTensor.from_tensors(ours.tensors()).dequantize(), ours.dequantize())
 
 
+def as_c_reads(text):
+    "The float32 nearest to a decimal, rounded once; by way of Python's float it would be twice."
+    found = torch.tensor(float(text))
+    near = [found, *(found.nextafter(torch.tensor(to)) for to in (9., -9.))]
+    return min(near, key=lambda t: abs(Fraction(t.item()) - Fraction(text)))
+
+
 def tree(kind, x):
     "The decision trees of bitsandbytes on CUDA, as lists of borders."
     if kind == "nf4":
-        borders = [-0.8480964004993439, -0.6106329262256622, -0.4599952697753906,
-                   -0.33967943489551544, -0.23460740596055984, -0.13791173323988914,
-                   -0.045525018125772476, 0.03979014977812767, 0.1202552504837513,
-                   0.2035212516784668, 0.2920137718319893, 0.3893125355243683,
-                   0.5016634166240692, 0.6427869200706482, 0.8614784181118011]
-        return sum((x > torch.tensor(b)).int() for b in borders)
+        borders = """-0.8480964004993439 -0.6106329262256622 -0.4599952697753906
+            -0.33967943489551544 -0.23460740596055984 -0.13791173323988914 -0.045525018125772476
+            0.03979014977812767 0.1202552504837513 0.2035212516784668 0.2920137718319893
+            0.3893125355243683 0.5016634166240692 0.6427869200706482 0.8614784181118011"""
+        return sum((x > as_c_reads(b)).int() for b in borders.split())
     borders = [0.00260417, 0.0859375, 0.20833333, 0.29166667, 0.4166667, 0.583333, 0.8333333]
     place = sum((x.abs() > torch.tensor(b)).int() for b in borders)
     return torch.tensor([0, 1, 6, 7, 4, 5, 2, 3])[place] + 8*(x < 0)
@@ -206,12 +214,46 @@ print("same")
 """
 
 
-def test_kernels_in_the_interpreter():
+COMPILED = """
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from ftkit.kernels.nf4 import _dequantize_kernel, _quantize_kernel
+
+def compiled(kernel, arch, types, **constants):
+    signature = types | {k: "constexpr" for k in constants}
+    even = {(i,): [["tt.divisibility", 16]] for i, t in enumerate(types) if t != "first"}
+    source = ASTSource(kernel, signature, constexprs=constants, attrs=even)
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32),
+                          options=dict(enable_fp_fusion=False)).asm["ptx"]
+
+tables = dict(nested="*fp32", offset="*fp32", values="*fp32", table="*fp32")
+sizes = dict(n="i32", n_bytes="i32")
+for arch in 80, 90:
+    for out, double in ("bf16", True), ("fp16", False):
+        ptx = compiled(_dequantize_kernel, arch, dict(
+            codes="*u8", absmax="*u8" if double else "*fp32", **tables, out=f"*{out}", **sizes,
+            first="i32"), BLOCK=64, ROWS=64, DOUBLE=double)
+        assert "fma.rn.f32" not in ptx  # product and sum are rounded one by one
+        assert "ld.global.v4.b32" in ptx and "st.global.v4.b32" in ptx
+    ptx = compiled(_quantize_kernel, arch, dict(
+        w="*bf16", codes="*u8", absmax="*fp32", borders="*fp32", order="*u8", **sizes),
+        BLOCK=64, ROWS=64, FAST=True)
+    assert "rcp.approx.ftz.f32" in ptx
+print("compiled")
+"""
+
+
+@pytest.mark.parametrize("program, interpret, says", [(KERNELS, "1", "same"),
+                                                      (COMPILED, "0", "compiled")])
+def test_kernels_without_a_gpu(program, interpret, says, tmp_path):
     pytest.importorskip("triton")
-    env = os.environ | {"TRITON_INTERPRET": "1"}
-    done = subprocess.run([sys.executable, "-c", KERNELS], env=env, capture_output=True, text=True,
-                          cwd=Path(__file__).parent.parent)
-    assert done.stdout.strip() == "same", done.stderr[-2000:]
+    program = (tmp_path/"program.py").write_text(program) and tmp_path/"program.py"
+    root = str(Path(__file__).parent.parent)
+    env = os.environ | dict(TRITON_INTERPRET=interpret, TRITON_CACHE_DIR=str(tmp_path),
+                            PYTHONPATH=root)
+    done = subprocess.run([sys.executable, program], env=env, capture_output=True, text=True)
+    assert done.stdout.strip() == says, done.stderr[-2000:]
 
 
 # ------------------------------------------------------------ sizes
@@ -220,7 +262,8 @@ def test_bits_per_weight():
     w = torch.randn(1024, 4096)
     assert bits_per_weight(quantize(w)) == pytest.approx(4 + 8/64 + 32/(64*256), abs=1e-4)
     assert bits_per_weight(quantize(w, double=False)) == 4.5
-    assert bits_per_weight(quantize(w, block=128)) == pytest.approx(4 + 8/128 + 32/(128*256), abs=1e-4)
+    coarse = quantize(w, block=128)
+    assert bits_per_weight(coarse) == pytest.approx(4 + 8/128 + 32/(128*256), abs=1e-4)
 
 
 def test_slices_change_nothing(monkeypatch):
@@ -246,7 +289,7 @@ def reloaded(folder, dtype):
 
 
 def linear4bit(linear, compute_dtype, kind="nf4"):
-    "The layer of bitsandbytes; in training mode, since in evaluation its CPU program rounds scales."
+    "The layer of bitsandbytes; in training mode, since else its CPU program rounds the scales."
     new = bnb.nn.Linear4bit(linear.in_features, linear.out_features, linear.bias is not None,
                             compute_dtype=compute_dtype, quant_type=kind)
     new.weight = bnb.nn.Params4bit(linear.weight.data.clone(), requires_grad=False,
@@ -321,12 +364,14 @@ def test_lora_gradients_are_those_of_peft():
 def test_nothing_of_a_weights_size_is_kept():
     q = quantize(torch.randn(256, 128))
     sizes = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()) or t, lambda t: t):
+    watch = torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()) or t,
+                                                     lambda t: t)
+    with watch:
         frozen_linear(torch.randn(3, 128, requires_grad=True), q)
     assert sizes == []
     experts = QExperts.from_experts(moe(Qwen2MoeForCausalLM)[0].model.layers[0].mlp.experts)
     x, chosen = torch.randn(7, 64, requires_grad=True), torch.randint(0, 4, (7, 2))
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()) or t, lambda t: t):
+    with watch:
         experts(x, chosen, torch.rand(7, 2))
     assert max(sizes) <= 7*2*64
 
@@ -420,8 +465,9 @@ def test_a_damaged_checkpoint_says_what_is_wrong():
 
 def test_eight_bits_are_those_of_transformers(tmp_path):
     ours = quantize_model(reloaded(tmp_path/"plain", torch.float16), bits=8)
-    theirs = AutoModelForCausalLM.from_pretrained(
-        tmp_path/"plain", quantization_config=BitsAndBytesConfig(load_in_8bit=True), dtype=torch.float16)
+    eight = BitsAndBytesConfig(load_in_8bit=True)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path/"plain", quantization_config=eight,
+                                                  dtype=torch.float16)
     assert type(ours.model.layers[0].mlp.up_proj) is bnb.nn.Linear8bitLt
     assert type(ours.lm_head) is nn.Linear
     for (name, a), (_, b) in zip(ours.named_parameters(), theirs.named_parameters()):
