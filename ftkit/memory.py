@@ -15,7 +15,7 @@ from html import escape
 from math import prod
 import torch
 from torch import nn
-from .activations import (METHODS, MemorySetting, _DOWN, _adapter_type, _inner, _last, _size,
+from .activations import (METHODS, MemorySetting, _adapter_type, _inner, _last, _reads, _size,
                                layer_keeps)
 from .core import DTYPES, FtkitError, unknown_name
 from .lora.inject import _is_head, _linears, add_lora, lora_layers
@@ -124,7 +124,7 @@ def decoder_layers(model)->dict: # Name → layer
 # %% ../nbs/67_memory.ipynb #1ecef12e
 def working_space(layer, config, s:MemorySetting)->int: # Bytes
     "What the backward pass of a layer takes besides what the layer kept."
-    wide = [m.in_features for n,m in _linears(layer).items() if _last(n) in _DOWN]
+    wide = [m.in_features for n,m in _linears(layer).items() if _reads(n) == "wide"]
     wide += [p.shape[2]*config.num_experts_per_tok for n,p in layer.named_parameters()
              if p.ndim == 3 and _last(n) == "down_proj"]
     matrices = [prod(p.shape[-2:]) for p in layer.parameters() if p.ndim > 1]
