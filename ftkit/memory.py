@@ -186,7 +186,7 @@ def moments(model,          # On the device "meta", without LoRA layers
         "update": now(grads["update"])}
 
 # %% ../nbs/67_memory.ipynb #162eb266
-CUDA = 600e6 # Bytes of a CUDA context with its kernels and work space, about
+CUDA = 800e6 # Bytes of a CUDA context with its kernels and work space, about
 IDLE = 0.05  # Part of the peak's moving memory that the allocator can't use, about
 MOVING = "activations", "one layer", "logits", "16-bit copies"
 

@@ -8,7 +8,7 @@
 No files are read: a model of the shape is filled with random weights on the device, quantized by
 ftkit, given LoRA layers and trained by ftkit's Trainer. After each stage stands what torch reports
 (`memory_allocated`, `max_memory_allocated`), what the ledger predicted, and their ratio. Sizes that
-stay have to agree within 2 %, the peak within 10 %; otherwise the exit code is 1.
+stay have to agree within 2 % or 10 MB, the peak within 10 %; otherwise the exit code is 1.
 """
 import argparse, gc, json, os, sys, time
 from dataclasses import asdict, replace
@@ -191,7 +191,8 @@ def report(name, shape, s, device, bounds):
     for part,found,said in rows:
         if part == "gradients": said -= tied_extra(ledger)
         ratio = said/found if found else float(said == 0)
-        fine = abs(ratio - 1) <= bounds[part == "peak"]
+        small = device.type == "cuda" and part != "peak" and abs(said - found) < 10e6
+        fine = small or abs(ratio - 1) <= bounds[part == "peak"]
         good &= fine
         print(f"{part:20} {found/1e6:12,.1f} {said/1e6:12,.1f}  {ratio:.4f}{'' if fine else '  !'}")
     sums = {m: sum(parts.values()) for m,parts in ledger.moments.items()}
@@ -202,8 +203,9 @@ def report(name, shape, s, device, bounds):
               f"{said[moment]/found:.4f}")
     reserved, cuda = more["beyond"]
     peak = next(found for part,found,_ in rows if part == "peak")
-    if reserved: print(f"the allocator holds {(reserved - peak)/1e6:,.0f} MB more than the peak, CUDA "
-                       f"{cuda/1e6:,.0f} MB; the ledger adds {ledger.overhead/1e6:,.0f} MB")
+    if reserved:
+        print(f"the allocator holds {(reserved - peak)/1e6:,.0f} MB more than the peak, "
+              f"CUDA {cuda/1e6:,.0f} MB; the ledger adds {ledger.overhead/1e6:,.0f} MB")
     print(f"seconds of the two steps: {', '.join(f'{x:.2f}' for x in more['seconds'])}", flush=True)
     return good, dict(name=name, rows=rows, **more)
 
