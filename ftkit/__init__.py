@@ -7,6 +7,8 @@ _ROOMS = {  # module → the names of its that stand on the public face
     "core": "FtkitError unknown_name pick_device pick_dtype seed_everything",
     "nano.colors": "color_rows parse_color ciede2000 score_colors baselines swatches",
     "nano.base": "nano_path nano_config",
+    "quant.qtensor": "QTensor quantize",
+    "quant.linear": "QLinear QExperts quantize_model dequantize_model",
     "lora.layers": "LoraLinear",
     "lora.dora": "DoraLinear",
     "lora.experts": "LoraExperts",

@@ -372,6 +372,39 @@ def test_clearing(file, tmp_path):
     assert data.encoded[0].ids.tolist()                             # still mapped
 
 
+def test_a_cache_that_is_cleared_while_it_is_opened(file, tmp_path, monkeypatch):
+    wanted = load(file, tmp_path/"cache")
+    whole = store_room._whole
+    def cleared(folder):
+        meta = whole(folder)
+        monkeypatch.setattr(store_room, "_whole", whole)
+        shutil.rmtree(folder)
+        return meta
+    monkeypatch.setattr(store_room, "_whole", cleared)
+    again = load(file, tmp_path/"cache")
+    assert not again.cached and list(again.encoded) == list(wanted.encoded)
+    assert load(file, tmp_path/"cache").cached
+
+
+def test_interrupted_by_hand(file, tmp_path, monkeypatch):
+    def stop(self, batch): raise KeyboardInterrupt
+    monkeypatch.setattr(StoreWriter, "add", stop)
+    with pytest.raises(KeyboardInterrupt): load(file, tmp_path/"cache")
+    monkeypatch.undo()
+    assert not [p for p in (tmp_path/"cache").iterdir() if p.suffix != ".lock"]
+    assert not load(file, tmp_path/"cache").cached and load(file, tmp_path/"cache").cached
+
+
+def test_the_same_size_and_time_and_yet_another_file(file, tmp_path):
+    load(file, tmp_path/"cache")
+    seen = file.stat()
+    file.write_text(file.read_text().replace("Count to 3.", "Count to 4."))
+    os.utime(file, ns=(seen.st_atime_ns, seen.st_mtime_ns))
+    assert (file.stat().st_size, file.stat().st_mtime_ns) == (seen.st_size, seen.st_mtime_ns)
+    again = load(file, tmp_path/"cache")
+    assert not again.cached and "Count to 4." in NANO.decode(again.encoded[3].ids)
+
+
 # --- which samples --------------------------------------------------------------------------------
 
 def contents(data): return [m[-2].content for m in data.samples]

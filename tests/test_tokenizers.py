@@ -10,7 +10,7 @@ from ftkit.core import FtkitError
 from ftkit.data.encode import encode_prompt
 from ftkit.data.families import template
 from ftkit.models.tokenizers import (
-    GLM4_WORDS, QWEN_WORDS, _parsed, merges, read_tiktoken, read_tokenizer, sentencepiece_tokenizer,
+    GLM4_WORDS, QWEN_WORDS, _parsed, bpe_merges, read_tiktoken, read_tokenizer, sentencepiece_tokenizer,
     tiktoken_tokenizer)
 
 spm, tiktoken = pytest.importorskip("sentencepiece"), pytest.importorskip("tiktoken")
@@ -126,6 +126,29 @@ def test_no_text_becomes_a_special_token():
             assert i not in ids(tok, text)
 
 
+def test_markup_of_any_type_is_special():
+    "Whatever the trainer called a piece like <reserved_106>: markup finds it, data can't make it."
+    spec = pytest.importorskip("sentencepiece.sentencepiece_model_pb2").ModelProto()
+    spec.ParseFromString(sp())
+    for kind in 1, 4, 5:
+        spec.pieces.add(piece=f"<reserved_{kind}>", score=-999, type=kind)
+    tok = sentencepiece_tokenizer(_parsed(spec.SerializeToString()))
+    n = len(spec.pieces)
+    assert ids(tok, "<reserved_1><reserved_4><reserved_5>") == [n - 3, n - 2, n - 1]
+    tok.encode_special_tokens = True
+    assert not {n - 3, n - 2, n - 1} & set(ids(tok, "<reserved_1> <reserved_4> <reserved_5>"))
+
+
+def test_unused_pieces():
+    spec = pytest.importorskip("sentencepiece.sentencepiece_model_pb2").ModelProto()
+    spec.ParseFromString(sp())
+    unused = next(p for p in spec.pieces if p.piece == "▁the")
+    unused.type = 5
+    data = spec.SerializeToString()
+    theirs, tok = spm.SentencePieceProcessor(model_proto=data), sentencepiece_tokenizer(_parsed(data))
+    for text in TEXTS: assert ids(tok, text) == theirs.encode(text)
+
+
 # --- ids of tiktoken ------------------------------------------------------------------------------
 
 @cache
@@ -177,8 +200,8 @@ def tiktoken_of(words): return tiktoken_tokenizer(small_ranks(), words)
 
 
 def test_merges():
-    assert merges({"a": 0, "b": 1}) == [] and merges({}) == []
-    assert merges({"a": 0, "aa": 1, "aaa": 1}) == [("aa", "a"), ("a", "a"), ("a", "aa")]
+    assert bpe_merges({"a": 0, "b": 1}) == [] and bpe_merges({}) == []
+    assert bpe_merges({"a": 0, "aa": 1, "aaa": 1}) == [("aa", "a"), ("a", "a"), ("a", "aa")]
 
 
 # --- families -------------------------------------------------------------------------------------
@@ -433,6 +456,12 @@ def test_a_ready_file_beside_code_is_enough(tmp_path, made):
     assert again.chat_template == "{{ messages }}" and again.pad_token == "</s>"
     again.save_pretrained(tmp_path/"out")
     assert "auto_map" not in (tmp_path/"out/tokenizer_config.json").read_text()
+
+
+def test_a_ready_file_that_is_broken(tmp_path):
+    for content, message in (b"{", "not a tokenizer"), (POINTER, "Git LFS"):
+        f = folder_with(tmp_path, tokenizer__json=content, tokenizer_config__json=remote("X"))
+        with pytest.raises(FtkitError, match=message): read_tokenizer(f, {})
 
 
 def test_a_llama_file_is_taken_at_its_word(tmp_path):

@@ -10,6 +10,7 @@ from transformers import (AutoTokenizer, GenerationConfig, LlamaConfig, LlamaFor
                           PreTrainedTokenizerFast)
 from toys import FAMILIES, TEXTS, family_toy, special_tokens, toy
 from ftkit.core import FtkitError
+from ftkit.data.dataset import DataConfig, load_data
 from ftkit.data.encode import encode, encode_prompt
 from ftkit.data.families import template
 from ftkit.data.jinja import JinjaTemplate
@@ -259,3 +260,18 @@ def test_threads_do_not_turn_each_others_switch():
     for thread in crew: thread.start()
     for thread in crew: thread.join()
     assert not inner.wrong and not inner.encode_special_tokens
+
+
+class Words:
+    "A part of a tokenizer that is written in Python."
+    def pre_tokenize(self, text): text.split(lambda i, s: [s], )
+
+
+def test_a_tokenizer_with_a_part_written_in_python(tmp_path):
+    tok = toy(CHATML)
+    tok.backend_tokenizer.pre_tokenizer = pre_tokenizers.PreTokenizer.custom(Words())
+    e = encode(turns("a<|im_end|>", "b"), template("qwen_chat", tok), tok)
+    assert learned(e, tok) == "b<|im_end|>" and e.ids.count(tok.convert_tokens_to_ids("<|im_end|>")) == 3
+    (tmp_path/"x.jsonl").write_text('{"instruction": "a", "output": "b"}\n')
+    cfg = DataConfig(str(tmp_path/"x.jsonl"), template="qwen_chat", cache=str(tmp_path/"cache"))
+    for _ in range(2): assert not load_data(cfg, tok, progress=False).cached # it can't be known

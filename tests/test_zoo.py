@@ -1,5 +1,5 @@
 "Every name of XTuner's: it becomes the recipe that it says, or is refused for one of a few reasons."
-import functools, os, re, shutil, subprocess, sys, time
+import functools, json, os, re, shutil, subprocess, sys, time
 from collections import Counter
 from fnmatch import fnmatchcase
 from itertools import product
@@ -13,6 +13,7 @@ from ftkit.cli import main
 from ftkit.data.families import template_names
 from ftkit.data.formats import layouts, to_messages
 from ftkit.recipes import _checked, render
+from ftkit.training.optim import warmup_length
 from ftkit.zoo.datasets import DATASETS, HOW_TO_GET
 from ftkit.zoo.models import BASE_MODELS
 from ftkit.zoo.names import METHODS, MODELS, REFUSED, TUNED, _fits, _respelled, list_recipes, read_name
@@ -142,6 +143,8 @@ def test_a_name_has_the_numbers_of_xtuner(name):
     assert r.optim.lr == (4e-5 if own else 2e-5 if method == "full" else 2e-4) or big
     assert r.optim.betas == ((0.9, 0.95) if own else (0.9, 0.999))
     assert r.optim.weight_decay == (0.01 if own else 0.05 if model == "starcoder" and r.lora else 0)
+    none = re.match("cohere|deepseek_v2", name)
+    assert warmup_length(r.optim, 1000) == (25 if own else 0 if none else 30)
     assert r.optim.max_grad_norm == 1 and r.optim.schedule == "cosine"
     if r.lora and not re.match("llama2_70b_int8|deepseek_moe|starcoder", name):
         assert (r.lora.r, r.lora.alpha, r.lora.dropout) == (64, 16, 0.1)
@@ -268,6 +271,16 @@ def test_a_row_of_each_set_is_read(layout):
     found = to_messages([row], layout)[0]
     assert found[-1].content.strip() == answer
     assert question in (m.content.strip() for m in found)
+
+
+def test_a_public_set_trains_with_its_prompts(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rows = [dict(instruction=f"Say {i}.", input="", output=["", str(i)][i % 3 > 0]) for i in range(9)]
+    Path("a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    r = ftkit.recipe("nano_lora_alpaca_e3").set(max_steps=2, eval_every=1, answer_tokens=2, **{"data.path": "a.jsonl"})
+    run = ftkit.train(r, "run")
+    assert run.work_dir.name == "run" and len([x for x in run.history if x["event"] == "train"]) == 2
+    assert ftkit.load_recipe("run/recipe.py") == r
 
 
 # ------------------------------------------------------------ files and lists

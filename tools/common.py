@@ -12,6 +12,8 @@ def offline():
     for name in "TQDM_DISABLE", "HF_HUB_OFFLINE", "HF_HUB_DISABLE_PROGRESS_BARS":
         os.environ[name] = "1"
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if not any(map(os.path.exists, ("/dev/nvidia0", "/dev/kfd", "/dev/dxg"))):  # there is no GPU
+        os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton reads it when it is imported
     paths = [str(ROOT), os.environ.get("PYTHONPATH")]
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
     sys.path.insert(0, str(ROOT))

@@ -135,13 +135,14 @@ def ingredients(self:Corpus)->dict:
     cfg,layout = self.cfg,self.asked
     if str(self.path).startswith("builtin:"): return None # these are made, not read
     if not isinstance(layout, str) or ":" in layout: layout = function_print(layout)
-    if layout is None: return None
+    known = tokenizer_print(self.tokenizer)
+    if layout is None or known is None: return None
     form = None if cfg.template == "tokenizer" else template(cfg.template, self.tokenizer)
     drawn = None if self.cfg.max_samples is None else [self.cfg.max_samples, cfg.draw_seed]
     names = "system max_length long context learn on_masked skip_bad_rows"
     return dict(data=self.source.fingerprint(), layout=layout, drawn=drawn, code=code_print(),
                 template=[cfg.template, form and form.jinja],
-                tokenizer=tokenizer_print(self.tokenizer),
+                tokenizer=known,
                 **{name: getattr(cfg, name) for name in names.split()})
 
 # %% ../../nbs/39_data.dataset.ipynb #eaee5cce

@@ -175,12 +175,13 @@ def code_print()->str:
     return out.hexdigest()[:16]
 
 # %% ../../nbs/37_data.store.ipynb #d64b6cda
-def tokenizer_print(tokenizer)->str:
+def tokenizer_print(tokenizer)->str: # None if a part of it is written in Python
     "A hash of everything about a tokenizer that decides ids."
     out = hashlib.sha256()
     def put(x): out.update(json.dumps(x, sort_keys=True, default=str).encode())
     if (backend := getattr(tokenizer, "backend_tokenizer", None)) is not None:
-        text = backend.to_str()
+        try: text = backend.to_str()
+        except Exception: return None # this is all that the package says of such a part
         head,found,tail = text.partition('"added_tokens"') # truncation and padding are in the head
         out.update((tail if found and len(head) < 1000 else text).encode())
     else:
@@ -252,12 +253,13 @@ def _locked(entry):
 def _found(entry, read, tell=say):
     "What is in the cache, or None."
     if not entry.exists(): return None
-    try: found = read(entry)
+    try:
+        found = read(entry)
+        if os.access(meta := entry/"meta.json", os.W_OK): os.utime(meta) # when it was last used
+    except FileNotFoundError: return None # somebody clears the cache just now
     except FtkitError as e:
         if tell: tell(f"ftkit: what is in the cache is damaged and will be made again ({e})")
         return None
-    meta = entry/"meta.json"
-    if os.access(meta, os.W_OK): os.utime(meta) # when it was last used
     return found
 
 def _usable(root, cache)->bool:

@@ -279,10 +279,14 @@ def override(self:Encoder, out:EncodedBatch, i:int, r:Rendered, pieces:tuple):
 # %% ../../nbs/33_data.tokens.ipynb #52e58a65
 _encoders = WeakKeyDictionary()
 
+def _shown(part)->str:
+    try: return repr(part)
+    except Exception: return type(part).__name__ # written in Python, it can't be shown
+
 def _state(tokenizer)->tuple:
     "What of a tokenizer may change."
     inner = getattr(tokenizer, "backend_tokenizer", None)
-    parts = () if inner is None else (repr(inner.normalizer), repr(inner.pre_tokenizer))
+    parts = () if inner is None else map(_shown, (inner.normalizer, inner.pre_tokenizer))
     return len(tokenizer),*tokenizer.all_special_tokens,*parts
 
 def encoder(template:Template, # Bound to the tokenizer

@@ -75,8 +75,7 @@ def _quantize_kernel(w, codes, absmax, borders, order, n,
     x = x*inverse[:, None]
     place = tl.zeros([ROWS, BLOCK], dtype=tl.int32)
     for i in tl.static_range(4):
-        step: tl.constexpr = 8 >> i
-        place += tl.where(x > tl.load(borders + place + (step - 1)), step, 0)
+        place += tl.where(x > tl.load(borders + place + ((8 >> i) - 1)), 8 >> i, 0)
     code = tl.where(scales[:, None] == 0, 0, tl.load(order + place).to(tl.int32))
     high,low = tl.split(tl.reshape(code, [ROWS, BLOCK//2, 2]))
     at = rows[:, None]*(BLOCK//2) + tl.arange(0, BLOCK//2)[None, :]

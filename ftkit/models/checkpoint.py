@@ -60,15 +60,16 @@ _NAMES = {t: n for n,t in _TYPES.items()}
 
 def _read_bin(file, device):
     "Name → tensor of a pickled file; on the CPU the tensors stay in the file until they are used."
-    if open(file, "rb").read(24).startswith(b"version https://git-lfs"): raise _not_safetensors(file, 0)
+    with open(file, "rb") as f: start = f.read(24)
+    if start.startswith(b"version https://git-lfs"): raise _not_safetensors(file, 0)
     try:
         try: found = torch.load(file, map_location=device, weights_only=True, mmap=True)
         except RuntimeError as e:
             if "mmap" not in str(e): raise
             found = torch.load(file, map_location=device, weights_only=True) # of torch before 1.6
     except pickle.UnpicklingError as e:
-        raise FtkitError("the file holds more than tensors, and reading that could run foreign code",
-                         where=file, fix="Use a version of the model with safetensors") from e
+        raise FtkitError("the file holds more than tensors, and reading that could run foreign "
+            "code", where=file, fix="Use a version of the model with safetensors") from e
     except (RuntimeError, EOFError, OSError) as e:
         raise FtkitError("not a whole file of weights", where=file,
                          fix="It was not copied or downloaded whole; fetch it again") from e
@@ -99,7 +100,8 @@ def _indexed(folder, name):
     shard_of = read_json(index).get("weight_map") or {}
     files = sorted(set(shard_of.values()))
     outside = [f for f in files if Path(f).name != f]
-    if outside: raise FtkitError(f"it names a file outside of its folder: {outside[0]}", where=index)
+    if outside:
+        raise FtkitError(f"it names a file outside of its folder: {outside[0]}", where=index)
     missing = [f for f in files if not (folder/f).exists()]
     if missing or not files:
         raise FtkitError(f"{len(missing)} of {len(files)} weight files are missing"
@@ -110,7 +112,8 @@ def _indexed(folder, name):
 def _check_index(folder, files, found):
     lost = sorted(t for names in files.values() for t in names or () if t not in found)
     if lost:
-        index, = folder.glob(f"{'adapter_' * is_adapter(folder)}*{next(iter(files)).suffix}.index.json")
+        start,end = "adapter_"*is_adapter(folder),next(iter(files)).suffix
+        index, = folder.glob(f"{start}*{end}.index.json")
         raise FtkitError(f"{len(lost)} tensors are in none of its files, e.g. {lost[0]}",
                          where=index, fix="Index and files are of different models; fetch both")
 
@@ -150,7 +153,7 @@ class Checkpoint:
 
     def __contains__(self, name): return name in self.places
     def __iter__(self): return (n for n in self.places if n not in self._inner)
-    def shape(self, name)->tuple: return self.packed[name] if name in self.packed else self.places[name][2]
+    def shape(self, name)->tuple: return self.packed.get(name) or self.places[name][2]
     def parts(self, name)->list: return [name, *self._parts.get(name, ())]
     def file(self, name)->Path: return self.places[name][0]
 
@@ -168,18 +171,20 @@ class Checkpoint:
         with open(file, "rb", buffering=0) as f: _read_into(f, data, start, name)
         return data.view(_TYPES[kind]).reshape(shape)
 
-    def _bin(self, file):
-        if file not in self._open: self._open = {file: _read_bin(file, "cpu")} # one file at a time
-        return self._open[file]
-
 # %% ../../nbs/40_models.checkpoint.ipynb #5b5527e0
+@patch
+def _bin(self:Checkpoint, file):
+    if file not in self._open: self._open = {file: _read_bin(file, "cpu")} # one file at a time
+    return self._open[file]
+
 def _read_into(f, data, start, name):
     "Fill `data` with the bytes of `f` from `start` on."
     f.seek(start)
     view,done = memoryview(data.numpy()),0
     while done < len(view):
         got = f.readinto(view[done:done + 2**24])
-        if not got: raise FtkitError(f"the file ends within {name}", where=f.name, fix="Fetch it again")
+        if not got:
+            raise FtkitError(f"the file ends within {name}", where=f.name, fix="Fetch it again")
         done += got
 
 # %% ../../nbs/40_models.checkpoint.ipynb #e0f8cb76
@@ -191,7 +196,7 @@ def _find_packed(self:Checkpoint):
         if not found: continue
         try: self.packed[owner] = tuple(json.loads(bytes(self.read(name).tolist()))["shape"])
         except (ValueError, KeyError) as e:
-            raise FtkitError(f"{name} does not say what it belongs to", where=self.file(name)) from e
+            raise FtkitError(f"{name} does not say what it is", where=self.file(name)) from e
     for name in self.places if self.packed else ():
         owner = name[:name.rfind(".weight.") + 7]
         if owner in self.packed:

@@ -133,13 +133,13 @@ def logn_scale(positions:Tensor, # Counted from 0
 # %% ../../nbs/42_models.classes.ipynb #f713fcec
 def _logn_attention(plain):
     "The attention `plain`, with louder queries at places beyond the training."
-    def forward(module, query, key, value, attention_mask, position_ids=None, **kwargs):
+    def forward(module, query, key, value, attention_mask, position_ids=None, **how):
         from transformers.models.qwen2.modeling_qwen2 import eager_attention_forward
         if not module.training:
             scale = logn_scale(position_ids, module.config.original_config["seq_length"])
             query = query*scale[:,None,:,None].to(query.dtype)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(plain, eager_attention_forward)
-        return attend(module, query, key, value, attention_mask, position_ids=position_ids, **kwargs)
+        return attend(module, query, key, value, attention_mask, position_ids=position_ids, **how)
     return forward
 
 for _attn in ("eager", "sdpa", "flash_attention_2"):

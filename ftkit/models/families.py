@@ -101,7 +101,8 @@ def _llama_mapping(raw):
     return Mapping([rename(f"{layer}{n}.*", f"{layer}{o}.*") for n,o in norms] if yi else [],
                    [".inv_freq"])
 
-ORIGINALS["InternLMForCausalLM"] = ORIGINALS["YiForCausalLM"] = Family(_llama_config, _llama_mapping)
+for _name in ("InternLMForCausalLM", "YiForCausalLM"):
+    ORIGINALS[_name] = Family(_llama_config, _llama_mapping)
 
 # %% ../../nbs/43_models.families.ipynb #de7761d6
 def _glm_rope(raw):
@@ -139,7 +140,8 @@ def _glm_config(raw):
 def _glm_mapping(raw):
     H,D,G = raw["num_attention_heads"],raw["kv_channels"],_glm_groups(raw)
     new,old = "model.layers.*.","transformer.encoder.layers.*."
-    parts,fused = [f"{new}self_attn.{x}_proj.*" for x in "qkv"],f"{old}self_attention.query_key_value.*"
+    parts = [f"{new}self_attn.{x}_proj.*" for x in "qkv"]
+    fused = f"{old}self_attention.query_key_value.*"
     if raw.get("multi_query_attention"): qkv = rows(parts, fused, [H*D, G*D, G*D])
     else: qkv = grouped_rows(parts, fused, H, [1, 1, 1], D)
     names = {"self_attn.o_proj": "self_attention.dense", "mlp.gate_up_proj": "mlp.dense_h_to_4h",
@@ -150,6 +152,7 @@ def _glm_mapping(raw):
         rename("model.norm.weight", "transformer.encoder.final_layernorm.weight"),
         rename("lm_head.weight", "transformer.output_layer.weight")], [".inv_freq"])
 
+# %% ../../nbs/43_models.families.ipynb #93d9701c
 def _glm_refuse(raw):
     if raw.get("position_encoding_2d") or "inner_hidden_size" in raw or "num_layers" not in raw:
         return "it is ChatGLM-6B of the first generation, which no class of transformers computes"
@@ -157,12 +160,14 @@ def _glm_refuse(raw):
     needed = dict(rmsnorm=True, post_layer_norm=True, original_rope=True, add_bias_linear=False,
                   apply_residual_connection_post_layernorm=False)
     for key,value in needed.items():
-        if bool(raw.get(key, value)) != value: return f"{key} is {raw[key]}; only {value} has a class"
-    if raw.get("pre_seq_len"): return f"it has a prefix of {raw['pre_seq_len']} tuned states (P-Tuning)"
-    if raw.get("quantization_bit"): return f"its weights are quantized to {raw['quantization_bit']} bits"
+        if bool(raw.get(key, value)) != value: return _only(raw, key, value)
+    if raw.get("pre_seq_len"): return "it has tuned states before the text (P-Tuning)"
+    if (bits := raw.get("quantization_bit")): return f"its weights are quantized to {bits} bits"
     if raw.get("rope_ratio", 1) != 1 and _glm_version(raw) is None:
         return ("rope_ratio means one thing in ChatGLM2 and another in ChatGLM3, and nothing says "
                 "which this is; write chatglm2 or chatglm3 into _name_or_path")
+
+def _only(raw, key, value): return f"{key} is {raw[key]}; only {value} has a class"
 
 for _name in ("ChatGLMModel", "ChatGLMForConditionalGeneration"):
     ORIGINALS[_name] = Family(_glm_config, _glm_mapping, _glm_refuse)
@@ -186,13 +191,15 @@ def _qwen_config(raw):
                 tie_word_embeddings=raw.get("tie_word_embeddings", False),
                 **{k: raw.get(k) for k in _TOKENS}, **_rope(raw.get("rotary_emb_base", 10000)))
 
+# %% ../../nbs/43_models.families.ipynb #86838e0b
 def _qwen_mapping(raw):
     new,old = "model.layers.*.","transformer.h.*."
     size = raw["kv_channels"]*_qwen(raw, "num_attention_heads", "n_head")
     names = {"self_attn.o_proj": "attn.c_proj", "mlp.gate_proj": "mlp.w2", "mlp.up_proj": "mlp.w1",
              "mlp.down_proj": "mlp.c_proj", "input_layernorm": "ln_1",
              "post_attention_layernorm": "ln_2"}
-    return Mapping([rows([f"{new}self_attn.{x}_proj.*" for x in "qkv"], f"{old}attn.c_attn.*", [size]*3),
+    qkv = [f"{new}self_attn.{x}_proj.*" for x in "qkv"]
+    return Mapping([rows(qkv, f"{old}attn.c_attn.*", [size]*3),
                     *(rename(f"{new}{n}.*", f"{old}{o}.*") for n,o in names.items()),
                     rename("model.embed_tokens.weight", "transformer.wte.weight"),
                     rename("model.norm.weight", "transformer.ln_f.weight")],
@@ -204,7 +211,7 @@ def _qwen_refuse(raw):
     needed = dict(no_bias=True, rotary_pct=1.0, scale_attn_weights=True, pos_emb="rotary",
                   activation="swiglu", apply_residual_connection_post_layernorm=False)
     for key,value in needed.items():
-        if raw.get(key, value) != value: return f"{key} is {raw[key]}; only {value} has a class"
+        if raw.get(key, value) != value: return _only(raw, key, value)
 
 ORIGINALS["QWenLMHeadModel"] = Family(_qwen_config, _qwen_mapping, _qwen_refuse)
 
@@ -230,8 +237,9 @@ def _baichuan_mapping(raw):
     return Mapping(rules, [".inv_freq", ".alibi_mask", ".future_mask"])
 
 def _baichuan_refuse(raw):
-    if raw.get("z_loss_weight"): return f"its loss has a z-loss (z_loss_weight={raw['z_loss_weight']})"
-    if raw.get("tie_word_embeddings") and _has_unit_head(raw): return "a tied head can't be normalised"
+    if (z := raw.get("z_loss_weight")): return f"its loss has a z-loss (z_loss_weight={z})"
+    if raw.get("tie_word_embeddings") and _has_unit_head(raw):
+        return "its head is tied to the embeddings, and divided by its length all the same"
 
 for _name in ("BaiChuanForCausalLM", "BaichuanForCausalLM"):
     ORIGINALS[_name] = Family(_baichuan_config, _baichuan_mapping, _baichuan_refuse)
@@ -239,7 +247,8 @@ for _name in ("BaiChuanForCausalLM", "BaichuanForCausalLM"):
 # %% ../../nbs/43_models.families.ipynb #7484db5c
 def _minicpm_config(raw):
     H,L = raw["num_attention_heads"],raw["num_hidden_layers"]
-    return dict(model_type="granite", **_same(raw), num_key_value_heads=raw.get("num_key_value_heads") or H,
+    return dict(model_type="granite", **_same(raw),
+                num_key_value_heads=raw.get("num_key_value_heads") or H,
                 attention_bias=raw.get("attention_bias", False),
                 tie_word_embeddings=raw.get("tie_word_embeddings", True),
                 embedding_multiplier=float(raw.get("scale_emb", 1)),
@@ -285,11 +294,11 @@ def _native_refuse(raw):
     if any(w in name for w in ("Reward", "SequenceClassification", "TokenClassification")):
         return f"it scores texts ({name}) instead of writing them"
     if raw.get("model_type") != "deepseek_v2": return None
-    if raw.get("norm_topk_prob"): return "transformers ignores its norm_topk_prob, and so routes otherwise"
+    if raw.get("norm_topk_prob"): return "transformers ignores its norm_topk_prob"
     if raw.get("moe_layer_freq", 1) != 1: return "transformers ignores its moe_layer_freq"
     if raw.get("n_routed_experts") and raw.get("n_shared_experts") is None:
         return "transformers needs shared experts, and it has none"
-    if raw.get("scoring_func", "softmax") != "softmax": return f"scoring_func is {raw['scoring_func']}"
+    if raw.get("scoring_func", "softmax") != "softmax": return _only(raw, "scoring_func", "softmax")
 
 # %% ../../nbs/43_models.families.ipynb #c72a8c11
 def check_config(folder)->dict: # The contents of config.json
@@ -319,7 +328,7 @@ def _is_ours(how): # the four bits of bitsandbytes, which ftkit writes as well
     return how.get("quant_method", "bitsandbytes") == "bitsandbytes" and how.get("load_in_4bit")
 
 def _quantized(how, where):
-    name = how.get("quant_method") or ("bitsandbytes" if "load_in_4bit" in how else "an unknown method")
+    name = how.get("quant_method", "bitsandbytes" if "load_in_4bit" in how else "a method unknown")
     return FtkitError(f"the weights are quantized ({name}), which ftkit cannot load", where=where,
                       fix="Use the original model; ftkit quantizes it itself")
 

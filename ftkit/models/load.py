@@ -97,7 +97,7 @@ def _load_base(folder, dtype, device, attn, bits=None):
         model = load_exactly(folder, dtype, device, attn, bits)
         if model is not None: return model
         model = _load_by_transformers(folder, dtype, device, attn)
-        return quantize_model(model, bits, compute_dtype=dtype) if bits else model
+        return quantize_model(model, bits) if bits else model
     except (ValueError, OSError, RuntimeError, ImportError, TypeError, AttributeError) as e:
         if isinstance(e, torch.OutOfMemoryError): raise
         raise FtkitError(f"transformers cannot load this model: {e}", where=folder) from e
@@ -161,7 +161,7 @@ def load_model(path="nano",    # "nano", a folder (model, adapter, checkpoint, w
                attn="sdpa",    # Attention: sdpa, eager, flash_attention_2
                trainable_adapter:bool=False, # Go on training the adapter
                adapter=None,   # Put this adapter on the base `path`, whichever base it names
-               bits:int=None   # Quantize while loading to 4 or 8 bits; None leaves weights as they are
+               bits:int=None   # Quantize to 4 or 8 bits while loading; None leaves them as they are
               ): # A transformers model in eval mode; an adapter is in it as `LoraLinear` layers
     "Load a causal language model, checked before its weights are read."
     folder = local_folder(path)
@@ -281,6 +281,7 @@ def _write_model(model, tokenizer, template, folder, notes, max_shard_size):
         with _changed(tokenizer, chat_template=jinja): tokenizer.save_pretrained(folder)
         return _write_notes(folder, notes)
 
+# %% ../../nbs/46_models.load.ipynb #01b2e21d
 def _ends(tokenizer, template):
     "Where a reply ends, and the ids that programs ask for besides."
     stop = template.stop_ids(tokenizer) if template else tokenizer.eos_token_id

@@ -18,7 +18,7 @@ from torch import Tensor
 @dataclass
 class Rule:
     "Native tensors that the original calls, cuts or joins differently."
-    native:list         # Patterns of native names; each * is one part of a name, alike in all of them
+    native:list         # Patterns of native names; each * is one part of a name, alike in all
     original:list       # Patterns of original names, with the same stars
     split:callable=list # Original tensors → native tensors, both in the order of the patterns
     join:callable=list  # Native tensors → original tensors
@@ -56,7 +56,7 @@ def grouped_rows(native:list,  # The parts
 
 # %% ../../nbs/41_models.mapping.ipynb #89a0168b
 def experts(native:str,    # The tensor of all experts, [experts, rows, columns]
-            original:list, # Patterns of the parts of an expert, from top to bottom; {e} is its number
+            original:list, # Patterns of the parts of an expert, top to bottom; {e} counts
             count:int      # Experts
            )->Rule:
     "Matrices of single experts that are one tensor in memory."
@@ -81,6 +81,7 @@ class Group(NamedTuple):
     split:callable
     join:callable
 
+# %% ../../nbs/41_models.mapping.ipynb #755b75d7
 class Mapping:
     "The rules of a family."
     def __init__(self,
@@ -89,6 +90,10 @@ class Mapping:
                 ):
         self.rules,self._ignored = list(rules),tuple(ignored)
         self._of = [(_pattern(p), r) for r in self.rules for p in r.native]
+
+    def before(self, rule:Rule):
+        "The same mapping with one more rule, which comes before all others."
+        return Mapping([rule, *self.rules], self._ignored)
 
     def ignores(self, name:str)->bool:
         "Whether an original tensor is no weight."

@@ -251,6 +251,7 @@ def from_experts(cls:QExperts,
     if not is_experts(experts): raise FtkitError(f"{type(experts).__name__} holds no experts")
     new = plain_copy(experts, cls)
     new.source,new.compute_dtype = type(experts),compute_dtype
+    new.has_gate = getattr(experts, "has_gate", True)  # old ones do not say
     for name in EXPERTS:
         if (w := new._parameters.pop(name, None)) is not None:
             new.load_qtensor(quantize(w.detach(), kind, block, double), name)

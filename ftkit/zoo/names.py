@@ -31,8 +31,8 @@ MODELS = {
     **{m.name: _options(m) for m in BASE_MODELS.values() if m.kind in ("base", "chat")}}
 
 # %% ../../nbs/78_zoo.names.ipynb #0b914017
-_ADAM = {"optim.betas": (0.9, 0.999), "optim.weight_decay": 0., "optim.warmup_ratio": 0.03,
-         "optim.max_grad_norm": 1., "optim.schedule": "cosine"}
+_ADAM = {"optim.betas": (0.9, 0.999), "optim.weight_decay": 0., "optim.max_grad_norm": 1.,
+         "optim.schedule": "cosine"}
 _LORA = {"lora.r": 64, "lora.alpha": 16, "lora.dropout": 0.1, "lora.targets": "all-linear",
          "optim.lr": 2e-4, **_ADAM}
 
@@ -82,8 +82,8 @@ TUNED |= {
     "qwen1_5_110b_*lora_alpaca_*": {"optim.lr": 1e-4},
     "qwen1_5_moe_*_full_*": {"data.max_length": 32768, **_FEW},
     "starcoder_*lora_*": {"lora.r": 16, "lora.alpha": 32, "lora.dropout": 0.05, "optim.lr": 1e-4,
-                          "lora.targets": ("c_proj", "c_attn"), "optim.weight_decay": 0.05,
-                          "data.max_samples": 20000},
+                          "lora.targets": ("c_proj", "c_attn"), "optim.weight_decay": 0.05},
+    "starcoder_*_stack_exchange_*": {"data.max_samples": 20000},
 }
 
 # %% ../../nbs/78_zoo.names.ipynb #4081983c
