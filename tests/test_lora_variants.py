@@ -3,7 +3,7 @@ import json, math
 from copy import deepcopy
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.testing import assert_close
 from transformers import (AutoConfig, AutoModelForCausalLM, DeepseekV2Config, LlamaConfig,
@@ -356,6 +356,42 @@ def test_experts_of_peft(name, params, tmp_path):
     plan = next(m.plan for m in lora_layers(ours).values() if isinstance(m, LoraExperts))
     assert plan.get("gate_up_proj", (2, 8)) == (2, 8)
     both_ways(tmp_path/"ours", lambda: mixture(name), ours)
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+@pytest.mark.parametrize("name, block, parts", [
+    ("mixtral", "block_sparse_moe", "w1 w2 w3"), ("qwen3", "mlp", "gate_proj down_proj up_proj")])
+def test_experts_of_older_adapters(name, block, parts, rslora, tmp_path):
+    "Where each expert was three linear layers; peft puts them together as well."
+    g, tensors, parts = torch.Generator().manual_seed(1), {}, parts.split()
+    inner = SIZES["intermediate_size"] if name == "mixtral" else 32
+    def pair(key, n_in, n_out):
+        for part, shape in dict(A=(4, n_in), B=(n_out, 4)).items():
+            tensors[f"base_model.model.{key}.lora_{part}.weight"] = 0.1*torch.randn(shape, generator=g)
+    for i in range(2):
+        pair(f"model.layers.{i}.self_attn.q_proj", 64, 64)
+        for e in range(4):
+            for p in parts:
+                sizes = (inner, 64) if p in ("w2", "down_proj") else (64, inner)
+                pair(f"model.layers.{i}.{block}.experts.{e}.{p}", *sizes)
+    save_file(tensors, tmp_path/WEIGHTS)
+    (tmp_path/SETTINGS).write_text(json.dumps(dict(
+        peft_type="LORA", task_type="CAUSAL_LM", r=4, lora_alpha=8, use_rslora=rslora,
+        base_model_name_or_path="x", target_modules=["q_proj", *parts])))
+    ours = load_adapter(mixture(name), tmp_path)
+    if not rslora: close(logits(ours), logits(peft_load(tmp_path, mixture(name)))) # there peft doubles α too
+    layer = lora_layers(ours)["model.layers.1.mlp.experts"]
+    key = f"base_model.model.model.layers.1.{block}.experts.2.{{}}.lora_{{}}.weight"
+    scale = 4 if rslora else 2
+    for rows, p in zip(((0, inner), (inner, 2*inner)), [parts[0], parts[2]]):
+        delta = layer.scaling("gate_up_proj")*layer.B["gate_up_proj"][2] @ layer.A["gate_up_proj"][2]
+        wanted = scale*tensors[key.format(p, "B")] @ tensors[key.format(p, "A")]
+        close(delta[slice(*rows)].detach(), wanted)
+    both_ways(tmp_path/"new", lambda: mixture(name), ours)
+    lost = key.format(parts[2], "B")
+    save_file({k: t for k, t in tensors.items() if k != lost}, tmp_path/WEIGHTS)
+    with pytest.raises(FtkitError, match="not all factors for model.layers.1.mlp.experts.gate_up"):
+        load_adapter(mixture(name), tmp_path)
 
 
 def test_only_experts(tmp_path):
