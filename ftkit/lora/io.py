@@ -245,6 +245,7 @@ def _plan(model, cfg, layers, folder):
     try:
         plan = {n: (value("rank_pattern", n, cfg["r"]),
                     value("alpha_pattern", n, cfg["lora_alpha"])) for n in layers}
+        _fuse_experts(model, plan, layers, bool(cfg.get("use_rslora")), folder/WEIGHTS)
         missing = [n for n in _expected(model, cfg) if n not in layers]
     except re.error as e:
         raise FtkitError(f"it holds a bad regular expression: {e}", where=folder/SETTINGS) from e
@@ -252,6 +253,34 @@ def _plan(model, cfg, layers, folder):
     if missing: raise _lacks(folder/WEIGHTS, f"{missing[0]}.lora_A.weight", 2*len(missing))
     if not plan: raise FtkitError("there are no tensors in it", where=folder/WEIGHTS)
     return plan
+
+# %% ../../nbs/22_lora.io.ipynb #9abdaa19
+OLD_EXPERT = r"(.+)\.experts\.(\d+)\.(w1|w2|w3|gate_proj|up_proj|down_proj)"
+ROLES = dict(w1="gate", gate_proj="gate", w3="up", up_proj="up", w2="down", down_proj="down")
+
+def _fuse_experts(model, plan, layers, rslora, path):
+    "Replace, in `plan` and `layers`, linear layers of experts by stacks."
+    modules,found = dict(model.named_modules()),{}
+    for n in plan:
+        if n in modules or not (m := re.fullmatch(OLD_EXPERT, n)): continue
+        name = m[1].replace("block_sparse_moe", "mlp") + ".experts"
+        if expert_stacks(modules.get(name)): found.setdefault(name, {})[ROLES[m[3]], int(m[2])] = n
+    for name,old in found.items():
+        count = expert_stacks(modules[name])["down_proj"][0]
+        for stack,roles in dict(gate_up_proj=("gate", "up"), down_proj=("down",)).items():
+            if not any(role in roles for role,_ in old): continue
+            each = [[old.get((role, e)) for role in roles] for e in range(count)]
+            if any(n is None or len(layers[n]) < 2 for row in each for n in row):
+                raise FtkitError(f"it has not all factors for {name}.{stack}", where=path,
+                                 fix="Gate and up of all experts are one tensor now, and need both")
+            ranks = {plan.pop(n) for row in each for n in row}
+            if len(ranks) > 1: raise FtkitError(f"several ranks in {name}.{stack}", where=path)
+            (r,alpha),k = ranks.pop(),len(roles)
+            plan[f"{name}.{stack}"] = k*r,alpha*(k**0.5 if rslora else k)
+            parts = [[layers.pop(n) for n in row] for row in each]
+            A = torch.cat([p["A"] for row in parts for p in row])
+            B = torch.stack([torch.block_diag(*(p["B"] for p in row)) for row in parts], 2)
+            layers[f"{name}.{stack}"] = dict(A=A, B=B.flatten(1))
 
 # %% ../../nbs/22_lora.io.ipynb #6b78772f
 def _check_beside(model, cfg, copies, rows, path):
