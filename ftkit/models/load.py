@@ -17,8 +17,8 @@ from ..core import (FtkitError, need, new_folder, pick_device, pick_dtype, read_
 from ..data.families import template
 from ..lora.inject import lora_layers
 from ..lora.io import adapter_config, load_adapter, save_adapter
-from .checkpoint import is_adapter, read_header, stored_dtype, weight_headers
-from .families import architecture, check_config, native_config
+from .checkpoint import is_adapter, stored_dtype, weight_headers
+from .families import check_config, native_config
 from .tokenizers import read_tokenizer
 from .stream import check_match, load_exactly, quiet, save_original, usable_attention
 from ..nano.base import nano_path
