@@ -202,6 +202,19 @@ def _base_model(r):
     model.name_or_path = m.path
     return model.to(ft.pick_device(m.device))
 
+# %% ../nbs/81_recipes.ipynb #ba5d378e
+def _model_to_train(r, tokenizer):
+    "The base, with LoRA layers if the recipe has them."
+    late = r.lora is not None and r.lora.start != "default" and r.model.bits == 4
+    model = _base_model(r.set("model.bits", None) if late else r)
+    if r.lora: ft.add_lora(model, r.lora, tokenizer)
+    if not late: return model
+    from torch import nn
+    from ftkit.quant.linear import is_experts, quantize_model
+    head = model.get_output_embeddings()
+    whole = [m for m in model.modules() if type(m) is nn.Linear and m is not head or is_experts(m)]
+    return quantize_model(model, 4, compute_dtype=model.dtype) if whole else model
+
 # %% ../nbs/81_recipes.ipynb #a5f8479a
 def _work_dir(r, what, work_dir, resume):
     "The folder of a run."
@@ -241,7 +254,8 @@ def _introduce(r, data, model, work_dir):
     trainable,total = ft.count_parameters(model)
     view = ft.preview(data.rows[0], data.tokenizer, max_tokens=60)
     say(f"ftkit: {r.name}, in {work_dir}")
-    say(f"{trainable:,} of {total:,} weights are trained\n{data!r}")
+    say(f"{trainable:,} of {total:,} weights are trained"
+        + (f": {ft.adapted(model)}" if r.lora else "") + f"\n{data!r}")
     if in_notebook() or not is_main(): return
     if not sys.stderr.isatty(): return say(f"The first row, learned text in brackets:\n{view}\n")
     from rich.console import Console
@@ -259,10 +273,10 @@ def train(what,            # Name, file or `Recipe`
     r = _checked(load_recipe(what).set(**options))
     work_dir = _agree(lambda: _work_dir(r, what, work_dir, resume))
     tokenizer = ft.load_tokenizer(r.model.path)
+    if r.lora: ft.token_ids(tokenizer, r.lora.tokens) # before any text is encoded
     data = ft.load_data(r.data, tokenizer)
     ft.seed_everything(r.train.seed)
-    model = _base_model(r)
-    if r.lora: ft.add_lora(model, r.lora)
+    model = _model_to_train(r, tokenizer)
     _introduce(r, data, model, work_dir)
     trainer = ft.Trainer(model, getattr(ft, OBJECTIVES[r.objective])(), data.rows, r.train, r.optim,
         collate=_collate(r, tokenizer, model.device), eval_rows=data.eval and data.eval.rows,

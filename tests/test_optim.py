@@ -165,7 +165,8 @@ def test_steps_or_ratio_but_not_both():
     assert default == [learning_rate(OptimConfig(warmup_ratio=0.03), s, 200) for s in range(200)]
     for wrong, words in [(dict(warmup_steps=3, warmup_ratio=0.1), "warmup_ratio says the same"),
                          (dict(min_lr=1e-5, min_lr_ratio=0.1), "min_lr_ratio says the same"),
-                         (dict(min_lr=1.), "is above optim.lr"), (dict(warmup_steps=-1), "at least 0"),
+                         (dict(min_lr=1.), "is above optim.lr"),
+                         (dict(warmup_steps=-1), "at least 0"),
                          (dict(lora_plus_ratio=-1.), "lora_plus_ratio: must be"),
                          (dict(optimizer="adam"), "unknown optimizer")]:
         with pytest.raises(FtkitError, match=words): OptimConfig(**wrong).check()

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['STACKS', 'expert_stacks', 'LoraExperts']
 
-# %% ../../nbs/18_lora.experts.ipynb #87197289
+# %% ../../nbs/18_lora.experts.ipynb #c4d676e2
 import math
 import torch
 import torch.nn.functional as F
@@ -13,21 +13,22 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 from ..core import FtkitError
 from .layers import _check_numbers, lora_scaling, low_rank
+from ..quant.linear import QExperts
 
-# %% ../../nbs/18_lora.experts.ipynb #d54b527c
+# %% ../../nbs/18_lora.experts.ipynb #033f9105
 STACKS = ("gate_up_proj", "up_proj", "down_proj") # In the order of the computation
 
 def expert_stacks(module:nn.Module)->dict: # Name → (experts, width of the output, of the input)
     "The stacked weights of a module of experts; empty for any other module."
     facts = ("has_gate", "has_bias", "is_transposed")
     if not all(hasattr(module, f) for f in facts): return {}
-    if getattr(module, "has_post_expert_norm", False): return {}
-    shapes = {n: tuple(w.shape) for n in STACKS
-              if getattr(w := getattr(module, n, None), "ndim", 0) == 3}
+    if isinstance(module, QExperts): held = {n: module.qtensor(n) for n in module._frozen}
+    else: held = {n: p for n,p in module._parameters.items() if p is not None and p.ndim == 3}
+    shapes = {n: tuple(held[n].shape) for n in STACKS if n in held}
     if len(shapes) != 2: return {}
     return {n: (e, b, a) if module.is_transposed else (e, a, b) for n,(e,a,b) in shapes.items()}
 
-# %% ../../nbs/18_lora.experts.ipynb #110e61cc
+# %% ../../nbs/18_lora.experts.ipynb #c6d103e6
 class LoraExperts(nn.Module):
     "Frozen experts plus a trainable `B @ A` for each expert and each of its stacks in `plan`."
     def __init__(self,
@@ -45,19 +46,20 @@ class LoraExperts(nn.Module):
         self.base,self.plan,self.rslora = base.requires_grad_(False),dict(plan),rslora
         self.A,self.B = nn.ParameterDict(),nn.ParameterDict()
         for n,(r,_) in plan.items():
-            self.A[n],self.B[n] = _stacked_factors(*shapes[n], r, dtype, getattr(base, n))
+            like = base.qtensor(n) if isinstance(base, QExperts) else getattr(base, n)
+            self.A[n],self.B[n] = _stacked_factors(*shapes[n], r, dtype, like)
         self.dropout,self.enabled = nn.Dropout(dropout),True
         self.merged_weights = {}
         self.train(base.training)
 
-# %% ../../nbs/18_lora.experts.ipynb #896084cf
+# %% ../../nbs/18_lora.experts.ipynb #3e26c955
 def _stacked_factors(experts, out_features, in_features, r, dtype, like):
     bound = 1/math.sqrt(in_features)
     A = torch.empty(experts, r, in_features).uniform_(-bound, bound) # on the CPU, as ever
     kind = dict(device=like.device, dtype=dtype or like.dtype)
     return nn.Parameter(A.to(**kind)),nn.Parameter(torch.zeros(experts, out_features, r, **kind))
 
-# %% ../../nbs/18_lora.experts.ipynb #68c2df72
+# %% ../../nbs/18_lora.experts.ipynb #f3f7c438
 @patch
 def forward(self:LoraExperts,
             hidden_states:Tensor, # [tokens, dim]
@@ -77,23 +79,28 @@ def forward(self:LoraExperts,
     back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
     return answers[back].unflatten(0, top_k_index.shape).sum(1)
 
-# %% ../../nbs/18_lora.experts.ipynb #aeda3546
+# %% ../../nbs/18_lora.experts.ipynb #08e8d5c6
 @patch
 def expert(self:LoraExperts, e:int, x:Tensor)->Tensor: # [tokens, dim] → [tokens, dim]
     "What expert number `e` answers."
     first,last = expert_stacks(self.base)
     x = self.stack(first, e, x)
-    x = self.base._apply_gate(x) if self.base.has_gate else self.base.act_fn(x)
-    return self.stack(last, e, x)
+    gate = getattr(self.base, "source", type(self.base))._apply_gate # of the class that it was
+    x = gate(self.base, x) if self.base.has_gate else self.base.act_fn(x)
+    x = self.stack(last, e, x)
+    normed = getattr(self.base, "has_post_expert_norm", False)
+    return self.base.post_expert_norm(x) if normed else x
 
 @patch
 def stack(self:LoraExperts, name:str, e:int, x:Tensor)->Tensor:
     "Expert `e` of one stack applied to `x`, with the correction if there is one."
-    base = self.base
-    weight = self.merged_weights[name][e] if name in self.merged_weights else getattr(base, name)[e]
-    bias = getattr(base, f"{name}_bias")[e] if base.has_bias else None
-    out = F.linear(x, weight.T if base.is_transposed else weight, bias)
-    if name not in self.plan or name in self.merged_weights: return out
+    base,merged = self.base,self.merged_weights.get(name)
+    if merged is None and isinstance(base, QExperts): out = base._project(name, x, e)
+    else:
+        weight = (getattr(base, name) if merged is None else merged)[e]
+        bias = getattr(base, f"{name}_bias")[e] if base.has_bias else None
+        out = F.linear(x, weight.T if base.is_transposed else weight, bias)
+    if name not in self.plan or merged is not None: return out
     change = low_rank(x, self.A[name][e], self.B[name][e], self.scaling(name), self.dropout)
     return (out + change).to(out.dtype)
 
@@ -102,7 +109,7 @@ def scaling(self:LoraExperts, name:str)->float:
     r,alpha = self.plan[name]
     return lora_scaling(alpha, r, self.rslora)
 
-# %% ../../nbs/18_lora.experts.ipynb #1aafccb9
+# %% ../../nbs/18_lora.experts.ipynb #0faec684
 @patch
 @torch.no_grad()
 def merged_value(self:LoraExperts)->dict: # Name → stack in the base's type
@@ -111,10 +118,11 @@ def merged_value(self:LoraExperts)->dict: # Name → stack in the base's type
 
 @patch
 def _merged_stack(self:LoraExperts, name):
-    base,out = getattr(self.base, name),[]
+    small,out = isinstance(self.base, QExperts),[]
+    base = self.base.qtensor(name) if small else getattr(self.base, name)
     for e in range(base.shape[0]):
         delta = self.B[name][e].float() @ self.A[name][e].float() * self.scaling(name)
-        weight = base[e]
+        weight = base[e].dequantize(self.base.compute_dtype) if small else base[e]
         merged = (weight.float() + (delta.T if self.base.is_transposed else delta)).to(weight.dtype)
         if not merged.isfinite().all():
             raise FtkitError(f"the merged weight of expert {e} is not finite in {merged.dtype}",
@@ -125,7 +133,7 @@ def _merged_stack(self:LoraExperts, name):
 @patch(as_prop=True)
 def merged(self:LoraExperts)->bool: return bool(self.merged_weights)
 
-# %% ../../nbs/18_lora.experts.ipynb #55c1fc65
+# %% ../../nbs/18_lora.experts.ipynb #a8edb2ca
 @patch
 def merge(self:LoraExperts)->LoraExperts:
     "Answer with merged stacks from now on; the base's own are not touched."
@@ -144,6 +152,7 @@ def train(self:LoraExperts, mode:bool=True):
     if mode: self.unmerge()
     return super(LoraExperts, self).train(mode)
 
+# %% ../../nbs/18_lora.experts.ipynb #eb3e3ed3
 @patch
 def _apply(self:LoraExperts, function, *args, **kwargs): # called by `.to()`, `.cuda()` and others
     self.merged_weights = {n: function(w) for n,w in self.merged_weights.items()}
@@ -157,9 +166,10 @@ def _load_from_state_dict(self:LoraExperts, *args, **kwargs):
 @patch
 def unload(self:LoraExperts, merge:bool=True)->nn.Module: # The experts that were there before
     "The plain experts, with the corrections baked in or without them."
-    for n,w in (self.merged_value() if merge else {}).items():
-        setattr(self.base, n, nn.Parameter(w, requires_grad=False))
-    return self.base
+    merged,plain = self.merged_value() if merge else {},self.base
+    if merged and isinstance(plain, QExperts): plain = plain.to_experts()
+    for n,w in merged.items(): setattr(plain, n, nn.Parameter(w, requires_grad=False))
+    return plain
 
 @patch
 def extra_repr(self:LoraExperts):

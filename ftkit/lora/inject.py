@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 import torch
 from torch import nn
-from ..core import FtkitError, pick_dtype, unknown_name
+from ..core import FtkitError, pick_dtype, say, unknown_name
 from .dora import DoraLinear
 from .experts import LoraExperts, expert_stacks
 from .layers import LoraLinear
@@ -32,10 +32,11 @@ def matches_target(name:str, # Full name of a layer
 HEADS = ("lm_head", "output_layer", "embed_out")
 
 def _linears(model):
-    "Name → module of all linear layers that are called."
-    unused = "NonDynamicallyQuantizableLinear"  # MultiheadAttention reads its weight, no more
-    return {n: m for n,m in model.named_modules()
-            if isinstance(m, nn.Linear) and type(m).__name__ != unused}
+    "Name → module of all linear layers that answer as such."
+    def answers(m):
+        kind = type(m).__name__ # MultiheadAttention reads the weight of its own, no more
+        return kind != "NonDynamicallyQuantizableLinear" and not kind.endswith("Router")
+    return {n: m for n,m in model.named_modules() if isinstance(m, nn.Linear) and answers(m)}
 
 def _stacks(model):
     "Name → module of all stacked weights of experts."
@@ -142,7 +143,7 @@ class LoraConfig:
     rslora:bool=False      # Scale by alpha/√r
     dtype:str="fp32"       # Type of A and B: fp32, bf16, fp16, or "base" for the base's own
     dora:bool=False        # Give each output a length of its own
-    start:str="default"    # default, pissa, or pissa_niter_16 (faster, approximate)
+    start:str="default"    # default, pissa, pissa_niter_16 (faster), loftq, loftq_iter_5
     modules_to_save:tuple=() # Modules to train in full, by name endings, e.g. lm_head
     tokens:tuple=()        # Tokens whose rows in embedding and head are trained, by text or id
 
@@ -209,6 +210,9 @@ def add_lora(model:nn.Module,       # Changed in place
 # %% ../../nbs/21_lora.inject.ipynb #e0d19e13
 def _check_plan(model, cfg, plan, others):
     check_start(cfg.start)
+    if cfg.start.startswith("pissa") and cfg.dropout:
+        say(f"ftkit: with lora.start={cfg.start} a dropout of {cfg.dropout:g} falls on the largest "
+            "parts of the weights; the authors of PiSSA train with lora.dropout=0")
     stacks = _stacks(model)
     odd,plain = next((n for n in plan if n in stacks), None),cfg.start == "default"
     if odd and (cfg.dora or not plain):

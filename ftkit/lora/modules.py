@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Beside', 'TrainedCopy', 'TokenRows', 'token_ids', 'grow_tables']
 
-# %% ../../nbs/19_lora.modules.ipynb #a03296fb
+# %% ../../nbs/19_lora.modules.ipynb #2140b5f4
 from copy import deepcopy
 import torch
 import torch.nn.functional as F
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..core import FtkitError
 from .layers import _autocast_on
 
-# %% ../../nbs/19_lora.modules.ipynb #ab06c076
+# %% ../../nbs/19_lora.modules.ipynb #177e87f2
 class Beside(nn.Module):
     "In the place of a frozen module `base`, with something trained beside it."
     def __init__(self, base:nn.Module):
@@ -24,10 +24,14 @@ class Beside(nn.Module):
     def __getattr__(self, name):
         try: return super().__getattr__(name)
         except AttributeError:
-            if name == "base": raise
-            return getattr(self.base, name)
+            if name in ("base", "copy"): raise
+            return getattr(self.answering(), name)
 
-# %% ../../nbs/19_lora.modules.ipynb #d3c7597a
+    def answering(self)->nn.Module:
+        "The module that is asked for what this one doesn't have."
+        return self.base
+
+# %% ../../nbs/19_lora.modules.ipynb #12d49560
 class TrainedCopy(Beside):
     "A frozen module and a trained copy of it, which answers in its stead."
     def __init__(self,
@@ -47,12 +51,14 @@ class TrainedCopy(Beside):
         out = self.copy(x, *args, **kwargs)
         return out.to(theirs) if isinstance(out, Tensor) and not _autocast_on(x) else out
 
+    def answering(self): return self.copy if self.enabled else self.base
+
     def unload(self, merge:bool=True)->nn.Module:
         "The plain module, trained or as it was."
         if not merge: return self.base
         return self.copy.to(next(self.base.parameters()).dtype).requires_grad_(False)
 
-# %% ../../nbs/19_lora.modules.ipynb #19b8e4d9
+# %% ../../nbs/19_lora.modules.ipynb #5f69ca5b
 class TokenRows(Beside):
     "An embedding or a head in which the rows of some tokens are trained, and nothing else."
     def __init__(self,
@@ -74,7 +80,7 @@ class TokenRows(Beside):
         start = base.weight.detach()[self.ids].to(dtype or base.weight.dtype)
         self.rows,self.tied = (nn.Parameter(start), False) if rows is None else (rows, True)
 
-# %% ../../nbs/19_lora.modules.ipynb #bf103506
+# %% ../../nbs/19_lora.modules.ipynb #5d763aee
 @patch
 def forward(self:TokenRows, x:Tensor)->Tensor:
     "The base's answer with the trained rows in it; the base's own while `enabled` is False."
@@ -103,7 +109,7 @@ def unload(self:TokenRows, merge:bool=True)->nn.Module:
     if merge: self.base.weight = nn.Parameter(self.weight.detach(), requires_grad=False)
     return self.base
 
-# %% ../../nbs/19_lora.modules.ipynb #66d54c2d
+# %% ../../nbs/19_lora.modules.ipynb #b0dd2672
 def token_ids(tokenizer, tokens)->list: # One id for each token
     "The ids of tokens given by text or id; texts that are no token yet are added."
     known = tokenizer.get_vocab()
