@@ -32,6 +32,7 @@ _ROOMS = {  # module → the names of its that stand on the public face
     "data.dataset": "DataConfig TuningData load_data",
     "data.check": "DataReport check_data",
     "data.pairs": "Preference Feedback to_pairs to_feedback to_prompts",
+    "models.stream": "save_original",
     "models.load": "ModelConfig resolve load_model load_tokenizer load_template save_model",
     "generate": "generate Chat load_chat chat",
     "training.optim": "OptimConfig build_optimizer build_schedule",

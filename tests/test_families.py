@@ -1,5 +1,5 @@
 "Original checkpoints: exact against recorded outputs, there and back bit for bit, look-alikes and damage refused."
-import base64, json, shutil, subprocess, sys
+import base64, json, math, shutil, subprocess, sys
 from pathlib import Path
 import numpy as np
 import pytest
@@ -237,6 +237,21 @@ def test_rotation_of_the_long_chatglms(tmp_path):
     assert_close(three, 1/(10000*500)**(torch.arange(0, 8, 2)/8))
 
 
+@pytest.mark.parametrize("longest", [64, 32])
+def test_rotation_of_the_long_minicpm(longest, tmp_path):
+    "The original makes its table of angles for the longest text, and uses it for all."
+    short,long = torch.linspace(1, 2, 4),torch.linspace(1, 9, 4)
+    make(tmp_path/"m", {**MINICPM, "max_position_embeddings": longest, "rope_scaling": {
+        "type": "longrope", "original_max_position_embeddings": 32, "short_factor": short.tolist(),
+        "long_factor": long.tolist()}})
+    positions = torch.arange(12)[None]
+    cos,sin = load(tmp_path/"m").model.rotary_emb(torch.zeros(1), positions)
+    angles = positions[...,None]/(long if longest > 32 else short)*10000**-(torch.arange(4)/4)
+    scale = math.sqrt(1 + math.log(longest/32)/math.log(32))
+    for found,f in (cos, torch.cos), (sin, torch.sin):
+        assert_close(found, scale*f(torch.cat([angles, angles], -1)), atol=1e-5, rtol=0)
+
+
 def test_redundant_head_of_a_tied_minicpm(tmp_path):
     model = make(tmp_path/"m", MINICPM)
     assert "lm_head.weight" not in weight_headers(tmp_path/"m")
@@ -341,7 +356,7 @@ def test_native_models_are_what_transformers_loads(kind, dtype, tmp_path):
     ({**GLM, "rope_ratio": 16}, "_name_or_path"), ({**GLM4, "vision_config": {"layers": 1}}, "images"),
     ({**QWEN, "visual": {"layers": 2}}, "visual input"), ({**QWEN, "no_bias": False}, "no_bias is False"),
     ({**QWEN, "rotary_pct": 0.5}, "rotary_pct is 0.5"), ({**MINICPM, "num_experts": 8}, "MiniCPM-MoE"),
-    ({**MINICPM, "rope_scaling": {"type": "longrope"}}, "longrope"),
+    ({**MINICPM, "rope_scaling": {"type": "odd"}}, "unknown type 'odd'"),
     ({**INTERNLM2, "architectures": ["InternLM2ForRewardModel"]}, "it scores texts"),
     ({**INTERNLM2, "rope_scaling": {"type": "odd"}}, "unknown type 'odd'"),
     ({"architectures": ["LlamaForSequenceClassification"], "model_type": "llama"}, "it scores texts"),

@@ -7,6 +7,7 @@ __all__ = ['ORIGINALS', 'read_raw', 'architecture', 'Family', 'check_config', 'n
 
 # %% ../../nbs/43_models.families.ipynb #ded75e0c
 from dataclasses import dataclass
+from math import log, sqrt
 from pathlib import Path
 from ..core import FtkitError, read_json, unknown_name
 from .mapping import Mapping, experts, grouped_rows, rename, rows, unit_rows
@@ -254,17 +255,27 @@ def _minicpm_config(raw):
                 embedding_multiplier=float(raw.get("scale_emb", 1)),
                 residual_multiplier=raw.get("scale_depth", 1)/L**0.5,
                 logits_scaling=raw["hidden_size"]/(raw.get("dim_model_base") or raw["hidden_size"]),
-                attention_multiplier=(raw["hidden_size"]//H)**-0.5,
-                **_rope(raw.get("rope_theta", 10000), raw.get("rope_scaling")))
+                attention_multiplier=(raw["hidden_size"]//H)**-0.5, **_minicpm_rope(raw))
+
+def _minicpm_rope(raw):
+    "The rotation; a model for longer texts than trained has the long factors for all texts."
+    scaling = dict(raw.get("rope_scaling") or {})
+    if "longrope" in (scaling.get("type"), scaling.get("rope_type")):
+        trained,longest = scaling["original_max_position_embeddings"],raw["max_position_embeddings"]
+        factor = longest/trained
+        scaling |= dict(factor=factor, attention_factor=sqrt(1 + log(factor)/log(trained)))
+        if factor > 1: scaling["short_factor"] = scaling["long_factor"]
+    return _rope(raw.get("rope_theta", 10000), scaling)
 
 def _minicpm_mapping(raw): return Mapping([], [".inv_freq"])
 
 def _minicpm_refuse(raw):
     if raw.get("num_experts"): return "it is a MiniCPM with experts (MiniCPM-MoE)"
     if raw.get("sparse_config"): return "its attention is sparse (InfLLM)"
-    kind = (raw.get("rope_scaling") or {}).get("type", "dynamic")
-    if kind not in ("dynamic", "linear"):
-        return f"its rotation for long texts ({kind}) was not compared with the original yet"
+    scaling = raw.get("rope_scaling") or {}
+    kind = scaling.get("type") or scaling.get("rope_type") or "dynamic"
+    if kind not in ("dynamic", "linear", "longrope"):
+        return f"its rope_scaling is of the unknown type {kind!r}"
 
 ORIGINALS["MiniCPMForCausalLM"] = Family(_minicpm_config, _minicpm_mapping, _minicpm_refuse)
 
