@@ -1,5 +1,6 @@
 "DoRA, PiSSA, trained modules, tokens and experts: the same files and logits as peft's, both ways."
 import json, math
+from pathlib import Path
 from copy import deepcopy
 import pytest
 import torch
@@ -647,3 +648,21 @@ def test_options_from_the_command_line():
     r = set_("lora.dora", "true").set("lora.start", "pissa_niter_16")
     assert r.lora.dora is True and r.lora.start == "pissa_niter_16"
     assert set_("lora.targets", "q_proj,k_proj").lora.targets == ("q_proj", "k_proj")
+
+
+TUTORIAL = """lora.r=64 lora.alpha=128 lora.dropout=0.05 lora.targets=q_proj,k_proj,v_proj,o_proj
+    optim.lr=2e-4 optim.warmup_steps=100 optim.weight_decay=0.01 optim.min_lr=1e-6"""
+XTUNER = """lora.r=64 lora.alpha=16 lora.dropout=0.1 lora.targets=all-linear optim.lr=2e-4
+    optim.warmup_ratio=0.03 optim.weight_decay=0"""
+
+
+@pytest.mark.parametrize("line", [TUTORIAL, XTUNER])
+@pytest.mark.parametrize("name", ["llama2_7b_chat_qlora_alpaca_e3", "llama2_7b_chat_lora_alpaca_e3"])
+def test_the_lines_of_the_page_about_values(name, line):
+    import ftkit as ft
+    r = ft.recipe(name).set(**dict(pair.split("=") for pair in line.split()))
+    assert r.optim.check().lr == 2e-4 and r.lora.r == 64
+    model = add_lora(toy(), r.lora)
+    assert len(lora_layers(model)) == (8 if line is TUTORIAL else 14)
+    page = (Path(__file__).parent.parent/"nbs/60_training.optim.ipynb").read_text()
+    assert all(pair in page for pair in line.split())
