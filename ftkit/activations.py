@@ -7,6 +7,7 @@ __all__ = ['METHODS', 'MemorySetting', 'linear_keeps', 'norm_keeps', 'attention_
 
 # %% ../nbs/66_activations.ipynb #4fa743dd
 from dataclasses import dataclass
+from torch import nn
 from .core import pick_dtype
 from .lora.inject import LoraConfig, _linears
 
@@ -53,10 +54,15 @@ def _factors(s):
     return 2 if s.half else _size(_adapter_type(s) if s.lora else s.weights)
 
 # %% ../nbs/66_activations.ipynb #13f29655
-_OUT = {"o_proj", "out_proj", "dense", "wo"}                         # read what the attention gives
-_DOWN = {"down_proj", "fc2", "c_proj", "dense_4h_to_h", "w2"}        # read the wide side of an MLP
+_OUT = {"o_proj", "out_proj", "dense", "wo"}                  # read what the attention gives
+_DOWN = {"down_proj", "fc2", "c_proj", "dense_4h_to_h", "w2"} # read the wide side of an MLP
 
 def _last(name): return name.rpartition(".")[2]
+
+def _reads(name):
+    "What a linear layer reads: the result of the attention, the wide side of the MLP, or else."
+    if _last(name) in _OUT or (_last(name) == "c_proj" and "attn" in name): return "attention"
+    return "wide" if _last(name) in _DOWN else "stream"
 
 def linear_keeps(layer,         # A decoder layer
                  learned:set,   # Names in it of linear layers that are trained or adapted
@@ -67,12 +73,13 @@ def linear_keeps(layer,         # A decoder layer
     total,shared = 0,{}
     for name,m in _linears(layer).items():
         if name not in learned: continue
-        given = _inner(s) if _last(name) in _OUT | _DOWN else _size(s.weights)
-        if dropout or given != size or _last(name) in _DOWN: total += size*m.in_features
-        elif _last(name) not in _OUT: shared[name.rpartition(".")[0]] = size*m.in_features
+        given = _size(s.weights) if _reads(name) == "stream" else _inner(s)
+        if dropout or given != size or _reads(name) == "wide": total += size*m.in_features
+        elif _reads(name) == "stream": shared[name.rpartition(".")[0], m.in_features] = size
         if s.lora: total += size*s.lora.r
         if dropout: total += m.in_features
-    return total + sum(shared.values())
+        if s.lora and s.lora.dora: total += 2*_inner(s)*m.out_features
+    return total + sum(size*width for (_,width),size in shared.items())
 
 # %% ../nbs/66_activations.ipynb #9527ccbb
 def _heads(config):
@@ -91,34 +98,46 @@ def norm_keeps(layer, config, s:MemorySetting)->int: # Bytes a token
         times = {"q_norm": heads, "k_norm": kv}.get(_last(name), 1)
         if n >= config.hidden_size: times = 1
         total += times*(4*n + 4)
-        if not s.lora: total += times*n*(_inner(s) if inside else _size(s.weights))
+        if s.lora or isinstance(m, nn.LayerNorm): continue
+        total += times*n*(_inner(s) if inside else _size(s.weights))
     return total
 
 def attention_keeps(layer, config, s:MemorySetting)->int: # Bytes a token
     "What an attention keeps: queries, keys, values, result, and a number for each head."
     heads,kv,width = _heads(config)
-    total = 2*heads + 2*(heads if s.mask else kv) # with a mask, keys and values are repeated first
+    repeated = s.mask or s.attn == "eager" # keys and values, for each query that shares them
+    total = 2*heads + 2*(heads if repeated else kv)
     if any(_last(n) == "qkv_proj" for n,_ in layer.named_modules()): total += 2*heads + kv
+    if getattr(config, "kv_lora_rank", None): # queries and keys are wider than values
+        nope,rope,values = config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim
+        width,total = 3*nope + 2*rope + 2*values,heads
     scores = (4 + _inner(s))*s.length if s.attn == "eager" else 4
+    if config.model_type == "ftkit_alibi": scores += (8 + _inner(s))*s.length # slopes
     return _inner(s)*width*total + heads*scores
 
 # %% ../nbs/66_activations.ipynb #7963e524
-def mlp_keeps(layer, config, s:MemorySetting)->int: # Bytes a token
+def mlp_keeps(layer, config, learned:set, s:MemorySetting)->int: # Bytes a token
     "What an MLP keeps between its matrices; of experts, those that a token meets."
     linears,total = _linears(layer),0
     for name,m in linears.items():
-        if _last(name) not in _DOWN: continue
+        if _reads(name) != "wide": continue
         beside = [x.out_features for n,x in linears.items() if n != name
                   and n.rpartition(".")[0] == name.rpartition(".")[0]]
         total += _inner(s)*m.in_features*(3 if sum(beside) >= 2*m.in_features else 1)
     for name,p in layer.named_parameters():
-        if p.ndim != 3 or _last(name) != "gate_up_proj": continue
-        wide,h = p.shape[1]//2,config.hidden_size
-        each = 3*wide + h + (0 if s.lora else h + wide)
-        total += config.num_experts_per_tok*_size(s.weights)*each
+        if p.ndim == 3 and _last(name) == "gate_up_proj":
+            total += config.num_experts_per_tok*_expert(name, p.shape[1]//2, config, learned, s)
     return total
+
+def _expert(name, wide, config, learned, s):
+    "What one expert keeps of a token: gate and up, its activation, the answer; what is read."
+    h,read = config.hidden_size,0 if s.lora else config.hidden_size + wide
+    for stack,width in ((name, h), (name.replace("gate_up", "down"), wide)):
+        if s.lora and stack in learned: read += width + s.lora.r
+    alone = s.bits or (s.lora and name in learned) # one expert at a time, else all by one kernel
+    return (_inner(s) if alone else _size(s.weights))*(3*wide + h + read)
 
 def layer_keeps(layer, config, learned:set, s:MemorySetting)->int: # Bytes a token
     "All that a decoder layer keeps for the backward pass."
     return (linear_keeps(layer, learned, s) + norm_keeps(layer, config, s)
-            + attention_keeps(layer, config, s) + mlp_keeps(layer, config, s))
+            + attention_keeps(layer, config, s) + mlp_keeps(layer, config, learned, s))

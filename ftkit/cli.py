@@ -58,6 +58,7 @@ def log_dataset(what,           # Name, recipe file or `Recipe`; or a data file
         if show == "all": print(f"--- {name}")
         _print(views[name]())
     if show == "all": print(f"---\n{data!r}")
+    elif sys.stderr.isatty(): print(repr(data), file=sys.stderr)
 
 def _unicode():
     "Whether whoever reads the output can be told any character."
@@ -261,6 +262,19 @@ VERBS |= {
         option("NAME", "one of them", nargs="?")], lambda args: list_dataset_format(args.name)),
     "version": Verb("Show the versions of ftkit and of what it stands on.",
                     "version", [], _version)}
+
+# %% ../nbs/82_cli.ipynb #b7b9a483
+def _memory(args):
+    r = ft.load_recipe(args.recipe).set(**_changes(args))
+    ledger = ft.predict_memory(r.model.path, ft.recipe_setting(r), r.name, args.gpu,
+                               learned=args.learned)
+    _print(ledger)
+    return not ledger.fits
+
+VERBS["memory"] = Verb("Say what a training run will take of a GPU's memory.",
+                       "memory llama2_7b_qlora_alpaca_e3 --gpu 8GB", [
+    _WHAT, _SET, option("--gpu", "memory of the GPU, e.g. 24GB; exit code 1 if it does not fit"),
+    option("--learned", "part of the tokens that are learned", 1.)], _memory)
 
 # %% ../nbs/82_cli.ipynb #5c177610
 def overview()->str:

@@ -1,12 +1,12 @@
 "Original checkpoints: exact against recorded outputs, there and back bit for bit, look-alikes and damage refused."
-import json, shutil, subprocess, sys
+import base64, json, shutil, subprocess, sys
 from pathlib import Path
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
-from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from ftkit.convert import merge
 from ftkit.core import FtkitError
 from ftkit.generate import generate
@@ -347,6 +347,7 @@ def test_native_models_are_what_transformers_loads(kind, dtype, tmp_path):
     ({"architectures": ["LlamaForSequenceClassification"], "model_type": "llama"}, "it scores texts"),
     ({"model_type": "deepseek_v2", "norm_topk_prob": True}, "norm_topk_prob"),
     ({"model_type": "deepseek_v2", "moe_layer_freq": 2}, "moe_layer_freq"),
+    ({"model_type": "deepseek_v2", "topk_method": "noaux_tc"}, "noaux_tc"),
     ({"model_type": "llama", "quantization_config": {"quant_method": "gptq", "bits": 4}}, "gptq"),
     ({"model_type": "llama", "quantization_config": {"quant_method": "awq"}}, "awq"),
     ({"model_type": "deepseek_v3", "quantization_config": {"quant_method": "fp8"}}, "fp8"),
@@ -562,3 +563,20 @@ def test_unloading_an_adapted_head_unties_it(tmp_path):
 def test_every_family_of_the_table_is_tested():
     assert set(ORIGINALS) == {raw["architectures"][0] for raw in SHAPES.values()}
     assert check_config(GOLDEN/"qwen") if GOLDEN.exists() else True
+
+
+def test_tokenizer_of_an_original_is_read_and_saved_both_ways(tmp_path):
+    "A vocabulary of tiktoken, whose class would be code in the folder."
+    make(tmp_path/"m", {**QWEN, "vocab_size": 464})
+    lines = (f"{base64.b64encode(bytes([b])).decode()} {b}\n" for b in range(256))
+    (tmp_path/"m/qwen.tiktoken").write_text("".join(lines))
+    (tmp_path/"m/tokenizer_config.json").write_text(json.dumps(dict(
+        tokenizer_class="QWenTokenizer", auto_map={"AutoTokenizer": ["tokenization_qwen.QWenTokenizer", None]})))
+    tokenizer,model = load_tokenizer(tmp_path/"m"),load(tmp_path/"m")
+    ids = tokenizer("<|im_start|>né").input_ids
+    assert ids == [257, 110, 195, 169]
+    for layout in "native", "original":
+        out = save_model(model, tokenizer, None, tmp_path/layout, layout=layout)
+        assert load_tokenizer(out)("<|im_start|>né").input_ids == ids
+    assert AutoTokenizer.from_pretrained(tmp_path/"native")("<|im_start|>né").input_ids == ids
+    assert (tmp_path/"original/qwen.tiktoken").exists() and not (tmp_path/"native/qwen.tiktoken").exists()

@@ -230,7 +230,7 @@ BAD = {
     "empty gzip": ("x.jsonl.gz", b"", "there are no rows"),
     "something packed": ("x.gz", gzip.compress(b"{}"), "doesn't say what is packed.*data.jsonl.gz"),
     "an unknown kind": ("x.xlsx", "a", "'.xlsx' are not read; expected .json, .jsonl.*to_json"),
-    "no ending": ("x", "a", "'without ending' are not read"),
+    "no ending": ("x", "a", "files without an ending are not read"),
 }
 
 

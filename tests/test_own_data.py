@@ -264,3 +264,56 @@ def test_the_preview_ends_with_a_whole_character():
         assert "".join(t.text for t in whole.tokens).startswith("".join(t.text for t in view.tokens))
     c, = to_messages([dict(messages=talk("q", "\ufffd"*90))])     # a text that has this sign
     assert sum(len(t.ids) for t in preview(c, nano, max_tokens=50).tokens) > 46
+
+
+# --- a function of one's own ---------------------------------------------------------------------
+
+OWN = "def read(row): return [dict(role='user', content=row['q']),\n" \
+      "                       dict(role='assistant', content=row['a'])]\n"
+
+
+@pytest.mark.parametrize("layout", ["own_rows.py:read", "sub/own_rows.py:read", "own_rows:read"])
+def test_a_layout_of_ones_own_is_one_argument(layout, here, monkeypatch):
+    monkeypatch.syspath_prepend(here)
+    monkeypatch.delitem(sys.modules, "own_rows", raising=False)
+    (here/"sub").mkdir()
+    for folder in here, here/"sub": (folder/"own_rows.py").write_text(OWN)
+    lines(here/"a.jsonl", [dict(q="q", a="y")]*2)
+    for cached in False, True:
+        data = load("a.jsonl", layout=layout, cache=str(here/"kept"))
+        assert list(data.samples) == [[u("q"), a("y")]]*2 and data.cached == cached
+        assert data.layout == "read"
+    assert main(["check-custom-dataset", "a.jsonl", "--layout", layout]) == 0
+
+
+def test_another_content_of_the_function_encodes_again(here):
+    lines(here/"a.jsonl", [dict(q="q", a="y")])
+    for end, cached in ("", False), ("", True), ("\n# changed", False):
+        (here/"f.py").write_text(OWN + end)
+        assert load("a.jsonl", layout="f.py:read", cache=str(here/"kept")).cached == cached
+    (here/"dataset_info.json").write_text(json.dumps(dict(mine=dict(columns=dict(
+        prompt="q", response="a")))))
+    for cached in False, True:
+        data = load("a.jsonl", layout="dataset_info.json:mine", cache=str(here/"kept"))
+        assert data.cached == cached and data.samples[0] == [u("q"), a("y")]
+
+
+@pytest.mark.parametrize("layout, words", [
+    ("none.py:read", "'none.py' can't be imported"), ("own.py:other", "no function 'other' in"),
+    ("no_such_module:read", "'no_such_module' can't be imported"),
+    ("own.py:fail", "line 1: fail raised ZeroDivisionError"),
+    ("odd.py:read", "'odd.py' raised SyntaxError: .*line 1"),
+    ("odd:read", "'odd' raised SyntaxError"),
+    ("none.json:x", "none.json: there is no such file")])
+def test_what_is_wrong_with_a_layout_of_ones_own(layout, words, here, monkeypatch):
+    monkeypatch.syspath_prepend(here)
+    (here/"odd.py").write_text("def read(row) return row")
+    (here/"own.py").write_text(OWN + "def fail(row): return 1/0\n")
+    lines(here/"a.jsonl", [dict(q="q", a="y")])
+    with pytest.raises(FtkitError, match=words): load("a.jsonl", layout=layout)
+
+
+def test_several_paths_are_checked_one_by_one(here):
+    with pytest.raises(FtkitError, match="Check one after the other"): check_data("a.csv,b.csv")
+    lines(here/"a,b.jsonl", [dict(instruction="q", output="y")])
+    assert check_data("a,b.jsonl", progress=False).samples == 1

@@ -58,14 +58,15 @@ class Watch(threading.Thread):
 def load(who, folder, device):
     "One contender, once: the numbers of its call."
     import torch
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaForCausalLM  # noqa
+    import accelerate  # noqa: importing is no part of loading
     if device == "cuda": torch.zeros(1, device=device)
     if who == "ftkit":
         from ftkit import load_model
-        import ftkit.quant.linear  # noqa: an import is no part of loading
+        import ftkit.quant.linear  # noqa
         call = lambda: load_model(folder, dtype="bf16", bits=4, device=device)
     else:
         import bitsandbytes  # noqa
-        from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaForCausalLM  # noqa
         how = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4",
                                  bnb_4bit_use_double_quant=True,
                                  bnb_4bit_compute_dtype=torch.bfloat16)

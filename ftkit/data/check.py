@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 from fastcore.basics import patch
 from ..core import FtkitError, is_main
+from .dataset import _listed
 from .encode import encode_stream
 from .families import template as template_named
 from .files import Rows, source
@@ -210,6 +211,8 @@ def check_data(path,                     # Anything that can be trained on
               )->DataReport:
     "Read, write out and encode every row; what is wrong with them, and what they are like."
     if max_length < 2: raise FtkitError(f"{max_length} is too short", where="max_length")
+    if len(_listed(path)) > 1:
+        raise FtkitError("these are several data sets", path, "Check one after the other")
     if isinstance(tokenizer, (str, Path)): tokenizer = load_tokenizer(tokenizer)
     rows = source(path, skip_bad_rows=True)
     stream,head = iter(rows),[]

@@ -303,6 +303,8 @@ def _load(spec):
     except (ImportError, OSError) as e:
         raise FtkitError(f"{where!r} can't be imported: {e}", where=f"layout={spec}",
                          fix=f"For a file, write its path: {where.split('.')[-1]}.py:{name}") from e
+    except Exception as e: # of the code in it
+        raise FtkitError(f"{where!r} raised {type(e).__name__}: {e}", f"layout={spec}") from e
     if callable(function := getattr(module, name, None)): return function
     raise FtkitError(f"there is no function {name!r} in {where!r}", where=f"layout={spec}")
 

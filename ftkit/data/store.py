@@ -196,13 +196,19 @@ def tokenizer_print(tokenizer)->str: # None if a part of it is written in Python
     return out.hexdigest()[:16]
 
 # %% ../../nbs/37_data.store.ipynb #78c062b3
-def function_print(function # The function itself, or "module:function"
+def _file_of(spec):
+    "The file that `module:function`, `file.py:function` or `dataset_info.json:name` means."
+    where = spec.rpartition(":")[0]
+    if where.endswith((".py", ".json")): return Path(where).expanduser()
+    sys.path.append(os.getcwd()) # the console command does not look into the current folder
+    try: return getattr(importlib.import_module(where), "__file__", None)
+    except Exception: return None # where the function is needed this is told
+    finally: sys.path.pop()
+
+def function_print(function # The function itself, or what `as_layout` takes in its place
                   )->str:   # None if it is not known
     "A hash of the file that a function stands in."
-    if isinstance(function, str):
-        sys.path.append(os.getcwd()) # the console command does not look into the current folder
-        try: file = getattr(importlib.import_module(function.partition(":")[0]), "__file__", None)
-        finally: sys.path.pop()
+    if isinstance(function, str): file = _file_of(function)
     else:
         if getattr(function, "__closure__", None) or "." in getattr(function, "__qualname__", "."):
             return None

@@ -15,8 +15,8 @@ from ..quant.nf4 import _borders, check_block, code_values, quantize_blocks, deq
 
 # %% ../../nbs/11_kernels.nf4.ipynb #16a9414a
 @triton.jit(do_not_specialize=["first"])
-def _dequantize_kernel(codes, absmax, nested, offset, values, table, out, n, first,
-                       BLOCK:tl.constexpr, ROWS:tl.constexpr, DOUBLE:tl.constexpr):
+def _dequantize_kernel(codes, absmax, nested, offset, values, table, out, n, n_bytes,
+                       first, BLOCK:tl.constexpr, ROWS:tl.constexpr, DOUBLE:tl.constexpr):
     "`ROWS` blocks of `BLOCK` weights each."
     rows = tl.program_id(0).to(tl.int64)*ROWS + tl.arange(0, ROWS)
     there = rows*BLOCK < n
@@ -26,7 +26,7 @@ def _dequantize_kernel(codes, absmax, nested, offset, values, table, out, n, fir
         scales = scales*tl.load(nested + (rows + first)//256, mask=there, other=0)
         scales = scales + tl.load(offset)
     at = rows[:, None]*(BLOCK//2) + tl.arange(0, BLOCK//2)[None, :]
-    byte = tl.load(codes + at, mask=at < (n + 1)//2, other=0).to(tl.int32)
+    byte = tl.load(codes + at, mask=at < n_bytes, other=0).to(tl.int32)
     high = tl.load(values + (byte >> 4))*scales[:, None]
     low = tl.load(values + (byte & 15))*scales[:, None]
     at = rows[:, None]*BLOCK + tl.arange(0, BLOCK)[None, :]
@@ -52,7 +52,7 @@ def dequantize_kernel(codes:Tensor,        # [⌈n/2⌉, 1], uint8
     if not double: nested,offset,table = values,values,values  # not read
     with _on(codes):
         _dequantize_kernel[grid](codes, absmax, nested, offset, values, table, out, out.numel(),
-                                 first, BLOCK=block, ROWS=rows, DOUBLE=double,
+                                 len(codes), first, BLOCK=block, ROWS=rows, DOUBLE=double,
                                  enable_fp_fusion=False)
     return out
 
@@ -60,7 +60,7 @@ def _on(t): return torch.cuda.device(t.device) if t.is_cuda else nullcontext()
 
 # %% ../../nbs/11_kernels.nf4.ipynb #2165750a
 @triton.jit
-def _quantize_kernel(w, codes, absmax, borders, order, n,
+def _quantize_kernel(w, codes, absmax, borders, order, n, n_bytes,
                      BLOCK:tl.constexpr, ROWS:tl.constexpr, FAST:tl.constexpr):
     "`ROWS` blocks of `BLOCK` weights each."
     rows = tl.program_id(0).to(tl.int64)*ROWS + tl.arange(0, ROWS)
@@ -79,7 +79,7 @@ def _quantize_kernel(w, codes, absmax, borders, order, n,
     code = tl.where(scales[:, None] == 0, 0, tl.load(order + place).to(tl.int32))
     high,low = tl.split(tl.reshape(code, [ROWS, BLOCK//2, 2]))
     at = rows[:, None]*(BLOCK//2) + tl.arange(0, BLOCK//2)[None, :]
-    tl.store(codes + at, (high*16 + low).to(tl.uint8), mask=at < (n + 1)//2)
+    tl.store(codes + at, (high*16 + low).to(tl.uint8), mask=at < n_bytes)
 
 # %% ../../nbs/11_kernels.nf4.ipynb #e6ab82c8
 def quantize_kernel(w:Tensor,       # Weights of any shape, contiguous; float32, float16 or bfloat16
@@ -95,5 +95,6 @@ def quantize_kernel(w:Tensor,       # Weights of any shape, contiguous; float32,
     fast = w.is_cuda and torch.version.cuda is not None
     with _on(w):
         _quantize_kernel[grid](w, codes, absmax, *_borders(kind, "cuda", device), n,
-                               BLOCK=block, ROWS=rows, FAST=fast, enable_fp_fusion=False)
+                               len(codes), BLOCK=block, ROWS=rows, FAST=fast,
+                               enable_fp_fusion=False)
     return codes, absmax

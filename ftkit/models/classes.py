@@ -27,27 +27,27 @@ def alibi_slopes(heads:int)->list: # One for each head
 
 # %% ../../nbs/42_models.classes.ipynb #49e95d2e
 @lru_cache(maxsize=8)
-def _slopes(heads, device): return torch.tensor(alibi_slopes(heads), device=device)[:,None,None]
+def _slopes(heads, device): return torch.tensor(alibi_slopes(heads), device=device)[:,None]
 
 def alibi_bias(heads:int,
                queries:int, # The last ones of the keys
                keys:int,
-               device="cpu"
-              )->Tensor:    # Zero on the diagonal, in float32, [heads, queries, keys]
+               device="cpu",
+               dtype=torch.float32 # Each value is computed in float32 and rounded once
+              )->Tensor:    # Zero on the diagonal, [heads, queries, keys]
     "What ALiBi adds to the scores."
-    i = torch.arange(keys - queries, keys, device=device)[:,None]
-    return (torch.arange(keys, device=device) - i)*_slopes(heads, torch.device(device))
+    distance = torch.arange(1 - keys, queries, device=device) # of a key from a query
+    values = (distance*_slopes(heads, torch.device(device))).to(dtype)
+    return values.unfold(-1, keys, 1).flip(1)
 
 # %% ../../nbs/42_models.classes.ipynb #4b6543ec
 def alibi_attention(module, query, key, value, attention_mask, dropout=0., scaling=None, **kwargs):
     "Scaled dot product attention with ALiBi; the signature is that of transformers."
     q,k = query.shape[2],key.shape[2]
-    bias = alibi_bias(query.shape[1], q, k, query.device)
-    if attention_mask is None: attention_mask = bias[:1] <= 0
-    if attention_mask.dtype == torch.bool:
-        bias = bias[None].masked_fill(~attention_mask, torch.finfo(query.dtype).min)
-    else: bias = bias + attention_mask[...,:k].float()
-    bias = bias.clamp(min=torch.finfo(query.dtype).min).to(query.dtype)
+    bias = alibi_bias(query.shape[1], q, k, query.device, query.dtype)[None]
+    if attention_mask is None: attention_mask = bias[:,:1] <= 0
+    if attention_mask.dtype != torch.bool: bias = bias + attention_mask[...,:k].to(bias.dtype)
+    else: bias = bias.masked_fill(~attention_mask[...,:k], torch.finfo(query.dtype).min)
     out = F.scaled_dot_product_attention(query, key, value, bias, dropout, scale=scaling)
     return out.transpose(1, 2).contiguous(), None
 

@@ -299,6 +299,8 @@ def _native_refuse(raw):
     if raw.get("n_routed_experts") and raw.get("n_shared_experts") is None:
         return "transformers needs shared experts, and it has none"
     if raw.get("scoring_func", "softmax") != "softmax": return _only(raw, "scoring_func", "softmax")
+    if raw.get("topk_method", "greedy") not in ("greedy", "group_limited_greedy"):
+        return f"topk_method is {raw['topk_method']}, which transformers does not know"
 
 # %% ../../nbs/43_models.families.ipynb #c72a8c11
 def check_config(folder)->dict: # The contents of config.json

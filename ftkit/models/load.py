@@ -17,8 +17,9 @@ from ..core import (FtkitError, need, new_folder, pick_device, pick_dtype, read_
 from ..data.families import template
 from ..lora.inject import lora_layers
 from ..lora.io import adapter_config, load_adapter, save_adapter
-from .checkpoint import is_adapter, read_header, stored_dtype, weight_headers
-from .families import architecture, check_config, native_config
+from .checkpoint import is_adapter, stored_dtype, weight_headers
+from .families import check_config, native_config
+from .tokenizers import read_tokenizer
 from .stream import check_match, load_exactly, quiet, save_original, usable_attention
 from ..nano.base import nano_path
 from ..quant.linear import quantize_model
@@ -193,6 +194,9 @@ def load_tokenizer(path="nano", # Like `load_model`
         if is_adapter(folder): return load_tokenizer(base or adapter_base(folder))
         raise FtkitError("there is no tokenizer here (tokenizer.json or tokenizer.model)",
                          where=folder, fix="Download or copy the whole folder of the model")
+    config = folder/"config.json"
+    own = read_tokenizer(folder, read_json(config) if config.exists() else {})
+    if own is not None: return own
     try:
         with quiet():
             return AutoTokenizer.from_pretrained(folder, trust_remote_code=False,

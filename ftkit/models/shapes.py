@@ -7,6 +7,7 @@ __all__ = ['shape_names', 'known_shape', 'shape_config', 'empty_model']
 
 # %% ../../nbs/65_models.shapes.ipynb #5225ab82
 import re
+from ast import literal_eval
 from importlib import resources
 from pathlib import Path
 import torch
@@ -50,7 +51,7 @@ def _line(name):
     keys = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
             "num_key_value_heads", "vocab_size")
     out = dict(zip(keys, numbers), tie_word_embeddings="tied" in more, pad_token_id=None)
-    out |= {k: int(v) for k,v in more.items() if "_" in k}
+    out |= {k: literal_eval(v or "True") for k,v in more.items() if "_" in k}
     if "bias" in more: out["attention_bias"] = True
     if "head" in more: out["head_dim"] = int(more["head"])
     if "experts" in more:
@@ -84,9 +85,11 @@ def _from_folder(what):
         raise
 
 # %% ../../nbs/65_models.shapes.ipynb #e1fe50ef
-def empty_model(what # As for `shape_config`
-               ):    # A transformers model on the device "meta"
+def empty_model(what,              # As for `shape_config`
+                dtype=torch.float32 # Type of the weights that it does not have
+               ):                  # A transformers model on the device "meta"
     "The model of a shape, without memory for its weights."
     from transformers import AutoModelForCausalLM
     with torch.device("meta"), quiet():
-        return AutoModelForCausalLM.from_config(shape_config(what), trust_remote_code=False)
+        return AutoModelForCausalLM.from_config(shape_config(what), dtype=dtype,
+                                                trust_remote_code=False)

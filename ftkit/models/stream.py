@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from ..core import FtkitError, is_main
 from ..lora.inject import lora_layers
-from .checkpoint import Checkpoint, read_ahead, write_weights
+from .checkpoint import Checkpoint, read_ahead, read_to, write_weights
 from .families import ORIGINALS, architecture, check_config, mapping_of, native_config
 from .mapping import original_shapes, rename, to_original
 from ..quant.linear import Frozen, QLinear, quantize_model
@@ -140,12 +140,12 @@ def arrivals(files:Checkpoint,
             ):         # Yields a tensor for each name, a `QTensor` for one in four bits
     "Read ahead and hand over."
     device,parts = torch.device(device),[files.parts(n) for n in names]
-    read = lambda name: files.read(name, pin=device.type == "cuda")
     order = [n for group in parts for n in group]
     with loading_bar(sum(map(files.size, order))) as advance:
-        tensors = read_ahead(read, order, files.size)
+        if device.type == "cuda": tensors = read_to(files, order, device)
+        else: tensors = read_ahead(files.read, order, files.size)
         for name,group in zip(names, parts):
-            found = {n: t.to(device, non_blocking=True) for n,t in islice(tensors, len(group))}
+            found = {n: t.to(device) for n,t in islice(tensors, len(group))}
             advance(sum(map(files.size, group)))
             if name in files.packed: yield QTensor.from_tensors(found, name.removesuffix("weight"))
             else:

@@ -56,6 +56,8 @@ def _borders(kind, like, device):
     order = values.argsort(stable=True)
     if kind == "fp4" and like == "cuda": return _fp4_borders(device)
     borders = (values[order][:-1] + values[order][1:])/2
+    if like == "cuda": # typed in as decimals; these lie half a step from two float32 numbers
+        borders[[0, 8, 12, 14]] = torch.tensor([-0.84809643, 0.120255254, 0.5016634, 0.8614784])
     return borders.to(device), order.to(device, torch.uint8)
 
 # %% ../../nbs/10_quant.nf4.ipynb #82f3cda7
