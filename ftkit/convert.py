@@ -7,12 +7,13 @@ __all__ = ['merge', 'read_pth', 'pth_to_hf']
 
 # %% ../nbs/80_convert.ipynb #f5f783b5
 import pickle, re, shutil
-from dataclasses import replace
 from pathlib import Path
 import torch
 from torch import nn
 from .core import FtkitError, new_folder, say
-from .lora.inject import LoraConfig, add_lora, lora_layers, unload_lora
+from .lora.experts import STACKS, LoraExperts
+from .lora.inject import LoraConfig, _layers, _put_in, find_targets, unload_lora
+from .lora.io import _check_layer, _fuse_experts, _unstacked
 from .models.load import (adapter_base, is_adapter, load_model, load_template, load_tokenizer,
                                local_folder, meta_model, read_notes, resolve, save_model,
                                stored_dtype)
@@ -116,11 +117,31 @@ def pth_to_hf(checkpoint, # A checkpoint of ftkit (folder or work folder), or a 
     pairs = _lora_pairs(read_pth(source), source)
     tokenizer = load_tokenizer(base)
     made = load_template(base, tokenizer, template)
-    model = add_lora(meta_model(local_folder(base, weights=False)), replace(lora, targets=[*pairs]))
-    for name,layer in lora_layers(model).items(): _fill(layer, pairs[name], name, source)
+    model = _with_pairs(meta_model(local_folder(base, weights=False)), pairs, lora, source)
     return save_model(model, tokenizer, made, out, base=base)
 
 # %% ../nbs/80_convert.ipynb #0bff278b
+def _with_pairs(model, pairs, lora, where):
+    "`model` with LoRA layers that hold these factors."
+    plan = {n: (lora.r, lora.alpha) for n in pairs}
+    _fuse_experts(model, plan, pairs, lora.rslora, where)
+    find_targets(model, [*plan])
+    for n,(r,_) in plan.items():
+        if n.endswith(STACKS): _check_layer(model, {}, n, pairs[n], r, where)
+    new = _layers(model, plan, lora.dropout, lora.rslora, torch.float32)
+    for name,layer in new.items():
+        if not isinstance(layer, LoraExperts): _fill(layer, pairs[name], name, where)
+        else: _fill_stacks(layer, pairs, name)
+    return _put_in(model, new)
+
+def _fill_stacks(layer, pairs, name):
+    for stack in layer.plan:
+        pair = pairs[f"{name}.{stack}"]
+        for part,t in pair.items():
+            own = getattr(layer, part)
+            own[stack] = nn.Parameter(_unstacked(part, t, len(own[stack])).contiguous())
+
+# %% ../nbs/80_convert.ipynb #c0e0a3a1
 def _fill(layer, pair, name, where):
     "Put A and B into a LoRA layer."
     for part in "AB":

@@ -1,5 +1,6 @@
 "DoRA, PiSSA, trained modules, tokens and experts: the same files and logits as peft's, both ways."
 import json, math
+from pathlib import Path
 from copy import deepcopy
 import pytest
 import torch
@@ -394,6 +395,36 @@ def test_experts_of_older_adapters(name, block, parts, rslora, tmp_path):
         load_adapter(mixture(name), tmp_path)
 
 
+def test_a_mixture_of_xtuner(tmp_path):
+    "A .pth with the experts as linear layers becomes an adapter for the base of today."
+    from ftkit.convert import pth_to_hf
+    from ftkit.models.load import load_model, load_tokenizer, save_model
+    g, state, base = torch.Generator().manual_seed(1), {}, tmp_path/"base"
+    sizes = MIXTURES["mixtral"]().to_dict() | dict(vocab_size=2048)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(MixtralConfig(**sizes)).eval()
+    save_model(model, load_tokenizer("nano"), None, base)
+    for e in range(4):
+        for p, (n_in, n_out) in dict(w1=(64, 96), w2=(96, 64), w3=(64, 96)).items():
+            for part, shape in dict(A=(4, n_in), B=(n_out, 4)).items():
+                key = f"model.layers.1.block_sparse_moe.experts.{e}.{p}.lora_{part}.weight"
+                state[f"llm.base_model.model.{key}"] = 0.1*torch.randn(shape, generator=g)
+    torch.save(dict(state_dict=state), tmp_path/"e.pth")
+    lora = LoraConfig(r=4, alpha=8)
+    out = pth_to_hf(tmp_path/"e.pth", tmp_path/"out", str(base), lora, "qwen_chat")
+    ours = load_model(out, device="cpu")
+    close(logits(ours), logits(peft_load(out, deepcopy(model))))
+    with torch.no_grad():
+        for e in range(4):
+            key = f"llm.base_model.model.model.layers.1.block_sparse_moe.experts.{e}"
+            delta = [2*state[f"{key}.w{i}.lora_B.weight"] @ state[f"{key}.w{i}.lora_A.weight"]
+                     for i in (1, 2, 3)]
+            experts = model.model.layers[1].mlp.experts
+            experts.gate_up_proj[e] += torch.cat([delta[0], delta[2]])
+            experts.down_proj[e] += delta[1]
+    close(logits(ours), logits(model))
+
+
 def test_only_experts(tmp_path):
     ours = tuned(mixture(), targets=["gate_up_proj", "down_proj"])
     assert adapter_config(save_adapter(ours, tmp_path, "x"))["target_modules"] is None
@@ -647,3 +678,21 @@ def test_options_from_the_command_line():
     r = set_("lora.dora", "true").set("lora.start", "pissa_niter_16")
     assert r.lora.dora is True and r.lora.start == "pissa_niter_16"
     assert set_("lora.targets", "q_proj,k_proj").lora.targets == ("q_proj", "k_proj")
+
+
+TUTORIAL = """lora.r=64 lora.alpha=128 lora.dropout=0.05 lora.targets=q_proj,k_proj,v_proj,o_proj
+    optim.lr=2e-4 optim.warmup_steps=100 optim.weight_decay=0.01 optim.min_lr=1e-6"""
+XTUNER = """lora.r=64 lora.alpha=16 lora.dropout=0.1 lora.targets=all-linear optim.lr=2e-4
+    optim.warmup_ratio=0.03 optim.weight_decay=0"""
+
+
+@pytest.mark.parametrize("line", [TUTORIAL, XTUNER])
+@pytest.mark.parametrize("name", ["llama2_7b_chat_qlora_alpaca_e3", "llama2_7b_chat_lora_alpaca_e3"])
+def test_the_lines_of_the_page_about_values(name, line):
+    import ftkit as ft
+    r = ft.recipe(name).set(**dict(pair.split("=") for pair in line.split()))
+    assert r.optim.check().lr == 2e-4 and r.lora.r == 64
+    model = add_lora(toy(), r.lora)
+    assert len(lora_layers(model)) == (8 if line is TUTORIAL else 14)
+    page = (Path(__file__).parent.parent/"nbs/60_training.optim.ipynb").read_text()
+    assert all(pair in page for pair in line.split())
