@@ -212,7 +212,8 @@ VERBS |= {
         option("--top-p", "cuts off unlikely tokens", 0.75),
         option("--max-new-tokens", "longest reply", 512), option("--seed", "of the sampling", 0),
         option("--device", "auto, cpu, cuda or mps", "auto"),
-        option("--dtype --torch-dtype", "auto, fp32, bf16 or fp16", "auto")], _chat),
+        option("--dtype --torch-dtype", "auto, fp32, bf16 or fp16", "auto"),
+        option("--bits", "hold the weights in 4 or 8 bits", type=int)], _chat),
     "convert merge": Verb("Write base and adapter as one plain model.",
                           "convert merge nano runs/mine merged", [
         option("BASE", "nano, a folder or a hub name"), option("ADAPTER", _FOLDER), _OUT,

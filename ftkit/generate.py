@@ -292,6 +292,7 @@ def load_chat(path="nano",       # Like `load_model`
               template:str=None, # Template by name; by default that of the training
               device="auto",     # auto, cpu, cuda, mps
               dtype="auto",      # auto, fp32, bf16, fp16
+              bits:int=None,     # 4 or 8 to hold the weights in so many bits
               **how              # Options of `Chat`
              )->Chat:
     "A conversation with the model at `path`."
@@ -299,7 +300,7 @@ def load_chat(path="nano",       # Like `load_model`
     tokenizer = load_tokenizer(source, base=None if adapter is None else path)
     made = load_template(source, tokenizer, template)
     if system is None: system = read_notes(source).get("system")
-    model = load_model(path, dtype, device, adapter=adapter)
+    model = load_model(path, dtype, device, adapter=adapter, bits=bits)
     return Chat(model, tokenizer, made, system, **how)
 
 # %% ../nbs/47_generate.ipynb #634afee6
@@ -357,11 +358,13 @@ def chat(path="nano",       # Like `load_model`
          max_new_tokens:int=512, # Longest reply
          seed:int=0,        # Of the sampling
          device="auto",     # auto, cpu, cuda, mps
-         dtype="auto"       # auto, fp32, bf16, fp16
+         dtype="auto",      # auto, fp32, bf16, fp16
+         bits:int=None      # 4 or 8 to hold the weights in so many bits
         )->None:
     "Chat with a model at the keyboard, or print one answer."
-    talk = load_chat(path, adapter, system, template, device, dtype, temperature=temperature,
-                     top_p=top_p, max_new_tokens=max_new_tokens, seed=seed)
+    talk = load_chat(path, adapter, system, template, device, dtype, bits,
+                     temperature=temperature, top_p=top_p, max_new_tokens=max_new_tokens,
+                     seed=seed)
     if prompt is not None: return _show(talk, prompt)
     typed = in_notebook() or sys.stdin.isatty()
     if typed: print(f"{path}, template {talk.template.name}. /help shows the commands.")
