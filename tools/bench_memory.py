@@ -32,7 +32,7 @@ SETTINGS = {
     "qlora_7b": ("llama2_7b", replace(METHODS["qlora"], lora=LORA, length=2048)),
     "lora_7b": ("llama2_7b", replace(METHODS["lora"], lora=LORA, batch_size=4, length=1024)),
     "full_1.5b": ("qwen2_5_1_5b", replace(METHODS["full"], batch_size=4, length=1024)),
-    # more, where they are asked for
+    # more, where they are asked for; Mixtral needs 110 GB before it is quantized
     "qlora_7b_8bit": ("llama2_7b", replace(METHODS["qlora"], lora=LORA, optimizer="adamw_8bit")),
     "qlora_7b_paged": ("llama2_7b",
                        replace(METHODS["qlora"], lora=LORA, optimizer="paged_adamw_8bit")),

@@ -12,12 +12,17 @@ def offline():
     for name in "TQDM_DISABLE", "HF_HUB_OFFLINE", "HF_HUB_DISABLE_PROGRESS_BARS":
         os.environ[name] = "1"
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    if not any(map(os.path.exists, ("/dev/nvidia0", "/dev/kfd", "/dev/dxg"))):  # there is no GPU
-        os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton reads it when it is imported
+    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # to ask must not start CUDA
+    if not gpu(): os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is imported
     paths = [str(ROOT), os.environ.get("PYTHONPATH")]
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
     sys.path.insert(0, str(ROOT))
     os.chdir(ROOT)
+
+
+def gpu():
+    "Whether this machine shows a GPU of any make."
+    return any(map(os.path.exists, ("/dev/nvidia0", "/dev/kfd", "/dev/dxg")))
 
 
 def cores():
@@ -100,7 +105,10 @@ SLOW_IMPORTS = "torch transformers accelerate peft matplotlib.pyplot pytest nbde
 
 
 def preload():
-    "Pay once for the slow imports; the children that are forked later have them for nothing."
+    """Pay once for the slow imports; the children that are forked later have them for nothing.
+
+    With a GPU it is not done: some of them start CUDA, which a fork does not survive."""
+    if gpu(): return
     names = os.environ.get("FTKIT_PRELOAD", SLOW_IMPORTS).split()
     for name in names:
         try: __import__(name)

@@ -356,6 +356,8 @@ def native_config(folder): # A transformers configuration
         if family: return AutoConfig.for_model(**family.config(raw), original_config=raw)
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
         if hasattr(config, "auto_map"): del config.auto_map # no code comes along, so none is named
+        if config.model_type == "gemma" and config.hidden_act == "gelu":
+            config.hidden_act = "gelu_pytorch_tanh"
         return config
     except KeyError as e:
         if family is None: raise
