@@ -68,8 +68,12 @@ def test_ids_are_those_of_sentencepiece(kind, text):
     theirs, tok = pair(*kind)
     if "<|im_end|>" in str(kind): # a special token of ours, which data must not become
         text = text.replace("<|im_end|>", "").replace("<reserved_106>", "")
-    want = theirs.encode(text)
-    assert ids(tok, text) == want
+    want, found = theirs.encode(text), ids(tok, text)
+    if "unigram" in str(kind) and found != want: # two cuts of one probability: either may be taken
+        score = lambda cut: sum(map(theirs.get_score, cut))
+        assert score(found) == pytest.approx(score(want), abs=1e-3)
+        assert theirs.decode(found) == theirs.decode(want)
+    else: assert found == want
     back = theirs.decode(want)
     if "⁇" not in back: assert tok.decode(want) == back
     if theirs.unk_id() not in want and ("remove_extra_whitespaces", True) not in kind:
