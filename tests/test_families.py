@@ -432,6 +432,100 @@ def test_cut_files(tmp_path):
     with pytest.raises(FtkitError, match="pytorch_model.bin: not a whole file"): load(tmp_path/"m")
 
 
+# ------------------------------------------------------------ headers and indices that are wrong
+
+def header(change):
+    "Rewrite the header of a safetensors file, and leave the bytes behind it."
+    def go(folder):
+        file = folder/"model.safetensors"
+        data = file.read_bytes()
+        n = int.from_bytes(data[:8], "little")
+        entries = json.loads(data[8:8 + n])
+        change(entries)
+        text = json.dumps(entries).encode()
+        file.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + n:])
+    return go
+
+
+def offsets(entries): return entries[QKV]["data_offsets"]
+
+
+@pytest.mark.parametrize("change", [
+    lambda h: h[QKV].update(dtype="F16"), lambda h: h[QKV].update(dtype="F64"), lambda h: h[QKV].pop("dtype"),
+    lambda h: h[QKV].pop("data_offsets"), lambda h: h[QKV].update(data_offsets=["a", "b"]),
+    lambda h: h[QKV].update(data_offsets=offsets(h)[::-1]), lambda h: h[QKV].update(shape=None),
+    lambda h: h[QKV].update(data_offsets=[o - offsets(h)[0] - 100 for o in offsets(h)]),
+    lambda h: h[QKV].update(shape=[-80, -48]), lambda h: h.update({QKV: [1]}), lambda h: h[QKV].update(shape=["a"]),
+])
+def test_a_header_that_contradicts_itself(tmp_path, change):
+    make(tmp_path/"m", INTERNLM2)
+    header(change)(tmp_path/"m")
+    with pytest.raises(FtkitError, match=f"model.safetensors: its header contradicts itself: {QKV}"): load(tmp_path/"m")
+
+
+def test_tensors_that_lie_on_each_other(tmp_path):
+    make(tmp_path/"m", INTERNLM2)
+    header(lambda h: h[QKV].update(data_offsets=[o - offsets(h)[0] for o in offsets(h)]))(tmp_path/"m")
+    with pytest.raises(FtkitError, match="model.safetensors: by its header the tensors overlap"): load(tmp_path/"m")
+
+
+@pytest.mark.parametrize("content, match", [
+    ([1], "no weight_map"), ({}, "no weight_map"), ({"weight_map": [1]}, "no weight_map"), ({"weight_map": {"a": 1}}, "no weight_map"),
+    ({"weight_map": {"a": ".."}}, "outside of its folder"), ({"weight_map": {"a": "model"}}, "1 of 1 weight files are missing"),
+])
+def test_an_index_that_is_none(tmp_path, content, match):
+    make(tmp_path/"m", INTERNLM2, size="20KB")
+    (tmp_path/"m/model").mkdir()
+    (tmp_path/"m/model.safetensors.index.json").write_text(json.dumps(content))
+    with pytest.raises(FtkitError, match=f"index.json: .*{match}"): load(tmp_path/"m")
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_of_two_tensors_of_a_name_the_index_chooses(tmp_path, first):
+    model,ids = make(tmp_path/"m", INTERNLM2, size="20KB"),torch.arange(9)[None]
+    shards = sorted((tmp_path/"m").glob("model-*"))
+    own,other = (shards[0], shards[-1]) if first else (shards[-1], shards[0])
+    name = next(iter(load_file(own)))
+    state = load_file(other)
+    save_file({**state, name: torch.full_like(load_file(own)[name], 7.)}, other)
+    assert_close(logits(load(tmp_path/"m"), ids), logits(model, ids), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("change, match", [
+    (lambda s: s.update({3: torch.ones(1)}), "other things than plain tensors"),
+    (lambda s: s.update({QKV: s[QKV].to_sparse()}), "other things than plain tensors"),
+    (lambda s: s.update({"epoch": 3}), "other things than plain tensors"),
+])
+def test_bin_files_of_other_things(tmp_path, change, match):
+    make(tmp_path/"m", INTERNLM2)
+    state = load_file(tmp_path/"m/model.safetensors")
+    (tmp_path/"m/model.safetensors").unlink()
+    change(state)
+    torch.save(state, tmp_path/"m/pytorch_model.bin")
+    with pytest.raises(FtkitError, match=f"pytorch_model.bin: .*{match}"): load(tmp_path/"m")
+
+
+def test_a_bin_file_of_text_and_a_folder_in_place_of_a_file(tmp_path):
+    make(tmp_path/"m", INTERNLM2)
+    (tmp_path/"m/model.safetensors").unlink()
+    (tmp_path/"m/model.safetensors").mkdir()
+    with pytest.raises(FtkitError, match="there are no weights here"): load(tmp_path/"m")
+    (tmp_path/"m/pytorch_model.bin").write_text("hello world")
+    with pytest.raises(FtkitError, match="pytorch_model.bin: not a whole file"): load(tmp_path/"m")
+
+
+def test_the_folders_of_the_hub_are_links(tmp_path):
+    model,ids = make(tmp_path/"m", INTERNLM2, size="20KB"),torch.arange(9)[None]
+    blobs,snapshot = tmp_path/"hub/blobs",tmp_path/"hub/snapshots/abc"
+    blobs.mkdir(parents=True), snapshot.mkdir(parents=True)
+    for i,f in enumerate((tmp_path/"m").iterdir()):
+        f.rename(blobs/str(i))
+        (snapshot/f.name).symlink_to(f"../../blobs/{i}")
+    assert_close(logits(load(snapshot), ids), logits(model, ids), atol=1e-5, rtol=1e-5)
+    save_model(load(snapshot), load_tokenizer("nano"), None, tmp_path/"out", layout="original")
+    assert not any(f.is_symlink() for f in (tmp_path/"out").iterdir())
+
+
 def test_large_finite_numbers_are_no_damage(tmp_path):
     make(tmp_path/"m", INTERNLM2)
     change_safe(tmp_path/"m", lambda s: s[QKV].fill_(3e38))
