@@ -294,6 +294,26 @@ def test_packed_rows_are_apart(name, tmp_path):
     assert_close(by_positions, alone, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["mistral", "phi3", "gemma2", "qwen2", "llama"])
+@pytest.mark.parametrize("window", [4, 64])
+def test_packed_rows_know_how_far_a_model_sees(kind, window, tmp_path):
+    from ftkit.data.packing import Row, collate
+    from ftkit.sft import SupervisedTuning
+    more = dict(head_dim=16) if kind == "gemma2" else dict(use_sliding_window=True, max_window_layers=0) if kind == "qwen2" else {}
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(AutoConfig.for_model(
+        kind, vocab_size=96, hidden_size=32, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=64, pad_token_id=0, initializer_range=0.2,
+        sliding_window=window, **more)).save_pretrained(tmp_path)
+    model,samples = load(tmp_path).train(),[torch.randint(3, 96, (n,)).tolist() for n in (9, 14, 7)]
+    def loss(*samples):
+        ids,positions = [t for s in samples for t in s],[i for s in samples for i in range(len(s))]
+        labels = [t for s in samples for t in (-100, *s[1:])]
+        row = Row(ids, labels, positions, [0, *torch.tensor([len(s) for s in samples]).cumsum(0).tolist()])
+        return SupervisedTuning()(model, collate([row, row], 0, mask=None))[0]
+    assert_close(loss(*samples), sum(loss(s) for s in samples), atol=1e-3, rtol=1e-5)
+
+
 @pytest.mark.parametrize("name", ["qwen_long", "baichuan13_40_heads"])
 def test_padding_and_cache_change_nothing(name, tmp_path):
     make(tmp_path/"m", SHAPES[name])
