@@ -1,5 +1,5 @@
 "Original checkpoints: exact against recorded outputs, there and back bit for bit, look-alikes and damage refused."
-import base64, json, math, shutil, subprocess, sys
+import base64, json, math, re, shutil, subprocess, sys
 from pathlib import Path
 import numpy as np
 import pytest
@@ -546,6 +546,39 @@ def test_the_folders_of_the_hub_are_links(tmp_path):
     assert not any(f.is_symlink() for f in (tmp_path/"out").iterdir())
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bool, torch.float8_e4m3fn, torch.int32])
+def test_weights_of_another_type_are_no_weights(tmp_path, dtype):
+    make(tmp_path/"m", INTERNLM2)
+    change_safe(tmp_path/"m", lambda s: s.update({QKV: s[QKV].to(dtype)}))
+    with pytest.raises(FtkitError, match=f"of a type that no model computes in, e.g. {QKV} in model.safetensors"): load(tmp_path/"m")
+
+
+@pytest.mark.parametrize("raw, change", [
+    (raw, dict(rope_scaling=value)) for raw in (INTERNLM2, MINICPM)
+    for value in ("x", [1], {"type": "weird", "factor": 2.}, {"rope_type": "weird"}, {"factor": 2.}, {"type": 3}, {"type": None})] + [
+    (QWEN, dict(use_dynamic_ntk=True, seq_length=None)), (QWEN, dict(use_logn_attn=True, seq_length=0))])
+def test_what_the_original_could_not_compute_is_refused(raw, change, tmp_path):
+    make(tmp_path/"m", raw)
+    (tmp_path/"m/config.json").write_text(json.dumps({**raw, **change}))
+    with pytest.raises(FtkitError, match="can't be loaded exactly: .*(rope_scaling|seq_length)"): load(tmp_path/"m")
+
+
+@pytest.mark.parametrize("change", [dict(rope_scaling={"type": "weird"}), dict(rope_scaling={"type": "longrope"}), dict(hidden_act="x"),
+                                    dict(rope_scaling={"rope_type": "llama3", "factor": 2.}), dict(hidden_size=0)])
+def test_what_transformers_stumbles_over_names_the_folder(change, tmp_path):
+    AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", vocab_size=96, hidden_size=32, intermediate_size=40, num_hidden_layers=1,
+                                                          num_attention_heads=2)).save_pretrained(tmp_path)
+    raw = json.loads((tmp_path/"config.json").read_text())
+    raw.pop("rope_parameters", None)
+    (tmp_path/"config.json").write_text(json.dumps({**raw, **change}))
+    with pytest.raises(FtkitError, match=re.escape(str(tmp_path))): load(tmp_path)
+
+
+def test_a_qwen_that_never_looks_far_needs_no_length(tmp_path):
+    make(tmp_path/"m", {k: v for k,v in QWEN.items() if k != "seq_length"})
+    assert load(tmp_path/"m").model.rotary_emb
+
+
 def test_large_finite_numbers_are_no_damage(tmp_path):
     make(tmp_path/"m", INTERNLM2)
     change_safe(tmp_path/"m", lambda s: s[QKV].fill_(3e38))
@@ -676,6 +709,20 @@ def test_a_grown_vocabulary_is_written(tmp_path):
     assert json.loads((tmp_path/"out/config.json").read_text())["padded_vocab_size"] == 100
     ids = torch.tensor([[3, 98, 99]])
     assert_close(logits(load(tmp_path/"out"), ids), logits(model, ids), atol=1e-6, rtol=0)
+
+
+
+@pytest.mark.parametrize("name, ids", [("baichuan7", 0), ("baichuan13_v1", 8)])
+def test_a_head_that_the_original_would_divide(name, ids, tmp_path):
+    "Baichuan2's after training; and that of Baichuan-13B once its vocabulary is no longer the one that tells it apart."
+    make(tmp_path/"m", SHAPES[name])
+    model,tokenizer = load(tmp_path/"m"),load_tokenizer("nano")
+    save_model(model, tokenizer, None, tmp_path/"before", layout="original")
+    if ids: model.resize_token_embeddings(64000 + ids, mean_resizing=False)
+    else: model.lm_head.weight.data[3] *= 1.01
+    with pytest.raises(FtkitError, match="lm_head.weight was trained.* Save it natively"):
+        save_model(model, tokenizer, None, tmp_path/"after", layout="original")
+    assert not (tmp_path/"after").exists() and save_model(model, tokenizer, None, tmp_path/"after")
 
 
 def test_unloading_an_adapted_head_unties_it(tmp_path):

@@ -187,6 +187,9 @@ class Checkpoint:
     def shape(self, name)->tuple: return self.packed.get(name) or self.places[name][2]
     def parts(self, name)->list: return [name, *self._parts.get(name, ())]
     def file(self, name)->Path: return self.places[name][0]
+    def kind(self, name)->str: return self.places[name][1] # As in safetensors, e.g. "BF16"
+    def has_floats(self, name)->bool: # Numbers that can be used as they are, or four bits
+        return name in self.packed or self.kind(name) in ("F64", "F32", "F16", "BF16")
 
     def size(self, name)->int: # Bytes
         "How much memory a tensor takes."
