@@ -1,5 +1,5 @@
 "Original checkpoints: exact against recorded outputs, there and back bit for bit, look-alikes and damage refused."
-import base64, json, math, shutil, subprocess, sys
+import base64, json, math, re, shutil, subprocess, sys
 from pathlib import Path
 import numpy as np
 import pytest
@@ -294,6 +294,26 @@ def test_packed_rows_are_apart(name, tmp_path):
     assert_close(by_positions, alone, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["mistral", "phi3", "gemma2", "qwen2", "llama"])
+@pytest.mark.parametrize("window", [4, 64])
+def test_packed_rows_know_how_far_a_model_sees(kind, window, tmp_path):
+    from ftkit.data.packing import Row, collate
+    from ftkit.sft import SupervisedTuning
+    more = dict(head_dim=16) if kind == "gemma2" else dict(use_sliding_window=True, max_window_layers=0) if kind == "qwen2" else {}
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(AutoConfig.for_model(
+        kind, vocab_size=96, hidden_size=32, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=64, pad_token_id=0, initializer_range=0.2,
+        sliding_window=window, **more)).save_pretrained(tmp_path)
+    model,samples = load(tmp_path).train(),[torch.randint(3, 96, (n,)).tolist() for n in (9, 14, 7)]
+    def loss(*samples):
+        ids,positions = [t for s in samples for t in s],[i for s in samples for i in range(len(s))]
+        labels = [t for s in samples for t in (-100, *s[1:])]
+        row = Row(ids, labels, positions, [0, *torch.tensor([len(s) for s in samples]).cumsum(0).tolist()])
+        return SupervisedTuning()(model, collate([row, row], 0, mask=None))[0]
+    assert_close(loss(*samples), sum(loss(s) for s in samples), atol=1e-3, rtol=1e-5)
+
+
 @pytest.mark.parametrize("name", ["qwen_long", "baichuan13_40_heads"])
 def test_padding_and_cache_change_nothing(name, tmp_path):
     make(tmp_path/"m", SHAPES[name])
@@ -432,6 +452,133 @@ def test_cut_files(tmp_path):
     with pytest.raises(FtkitError, match="pytorch_model.bin: not a whole file"): load(tmp_path/"m")
 
 
+# ------------------------------------------------------------ headers and indices that are wrong
+
+def header(change):
+    "Rewrite the header of a safetensors file, and leave the bytes behind it."
+    def go(folder):
+        file = folder/"model.safetensors"
+        data = file.read_bytes()
+        n = int.from_bytes(data[:8], "little")
+        entries = json.loads(data[8:8 + n])
+        change(entries)
+        text = json.dumps(entries).encode()
+        file.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + n:])
+    return go
+
+
+def offsets(entries): return entries[QKV]["data_offsets"]
+
+
+@pytest.mark.parametrize("change", [
+    lambda h: h[QKV].update(dtype="F16"), lambda h: h[QKV].update(dtype="F64"), lambda h: h[QKV].pop("dtype"),
+    lambda h: h[QKV].pop("data_offsets"), lambda h: h[QKV].update(data_offsets=["a", "b"]),
+    lambda h: h[QKV].update(data_offsets=offsets(h)[::-1]), lambda h: h[QKV].update(shape=None),
+    lambda h: h[QKV].update(data_offsets=[o - offsets(h)[0] - 100 for o in offsets(h)]),
+    lambda h: h[QKV].update(shape=[-80, -48]), lambda h: h.update({QKV: [1]}), lambda h: h[QKV].update(shape=["a"]),
+])
+def test_a_header_that_contradicts_itself(tmp_path, change):
+    make(tmp_path/"m", INTERNLM2)
+    header(change)(tmp_path/"m")
+    with pytest.raises(FtkitError, match=f"model.safetensors: its header contradicts itself: {QKV}"): load(tmp_path/"m")
+
+
+def test_tensors_that_lie_on_each_other(tmp_path):
+    make(tmp_path/"m", INTERNLM2)
+    header(lambda h: h[QKV].update(data_offsets=[o - offsets(h)[0] for o in offsets(h)]))(tmp_path/"m")
+    with pytest.raises(FtkitError, match="model.safetensors: by its header the tensors overlap"): load(tmp_path/"m")
+
+
+@pytest.mark.parametrize("content, match", [
+    ([1], "no weight_map"), ({}, "no weight_map"), ({"weight_map": [1]}, "no weight_map"), ({"weight_map": {"a": 1}}, "no weight_map"),
+    ({"weight_map": {"a": ".."}}, "outside of its folder"), ({"weight_map": {"a": "model"}}, "1 of 1 weight files are missing"),
+])
+def test_an_index_that_is_none(tmp_path, content, match):
+    make(tmp_path/"m", INTERNLM2, size="20KB")
+    (tmp_path/"m/model").mkdir()
+    (tmp_path/"m/model.safetensors.index.json").write_text(json.dumps(content))
+    with pytest.raises(FtkitError, match=f"index.json: .*{match}"): load(tmp_path/"m")
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_of_two_tensors_of_a_name_the_index_chooses(tmp_path, first):
+    model,ids = make(tmp_path/"m", INTERNLM2, size="20KB"),torch.arange(9)[None]
+    shards = sorted((tmp_path/"m").glob("model-*"))
+    own,other = (shards[0], shards[-1]) if first else (shards[-1], shards[0])
+    name = next(iter(load_file(own)))
+    state = load_file(other)
+    save_file({**state, name: torch.full_like(load_file(own)[name], 7.)}, other)
+    assert_close(logits(load(tmp_path/"m"), ids), logits(model, ids), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("change, match", [
+    (lambda s: s.update({3: torch.ones(1)}), "other things than plain tensors"),
+    (lambda s: s.update({QKV: s[QKV].to_sparse()}), "other things than plain tensors"),
+    (lambda s: s.update({"epoch": 3}), "other things than plain tensors"),
+])
+def test_bin_files_of_other_things(tmp_path, change, match):
+    make(tmp_path/"m", INTERNLM2)
+    state = load_file(tmp_path/"m/model.safetensors")
+    (tmp_path/"m/model.safetensors").unlink()
+    change(state)
+    torch.save(state, tmp_path/"m/pytorch_model.bin")
+    with pytest.raises(FtkitError, match=f"pytorch_model.bin: .*{match}"): load(tmp_path/"m")
+
+
+def test_a_bin_file_of_text_and_a_folder_in_place_of_a_file(tmp_path):
+    make(tmp_path/"m", INTERNLM2)
+    (tmp_path/"m/model.safetensors").unlink()
+    (tmp_path/"m/model.safetensors").mkdir()
+    with pytest.raises(FtkitError, match="there are no weights here"): load(tmp_path/"m")
+    (tmp_path/"m/pytorch_model.bin").write_text("hello world")
+    with pytest.raises(FtkitError, match="pytorch_model.bin: not a whole file"): load(tmp_path/"m")
+
+
+def test_the_folders_of_the_hub_are_links(tmp_path):
+    model,ids = make(tmp_path/"m", INTERNLM2, size="20KB"),torch.arange(9)[None]
+    blobs,snapshot = tmp_path/"hub/blobs",tmp_path/"hub/snapshots/abc"
+    blobs.mkdir(parents=True), snapshot.mkdir(parents=True)
+    for i,f in enumerate((tmp_path/"m").iterdir()):
+        f.rename(blobs/str(i))
+        (snapshot/f.name).symlink_to(f"../../blobs/{i}")
+    assert_close(logits(load(snapshot), ids), logits(model, ids), atol=1e-5, rtol=1e-5)
+    save_model(load(snapshot), load_tokenizer("nano"), None, tmp_path/"out", layout="original")
+    assert not any(f.is_symlink() for f in (tmp_path/"out").iterdir())
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bool, torch.float8_e4m3fn, torch.int32])
+def test_weights_of_another_type_are_no_weights(tmp_path, dtype):
+    make(tmp_path/"m", INTERNLM2)
+    change_safe(tmp_path/"m", lambda s: s.update({QKV: s[QKV].to(dtype)}))
+    with pytest.raises(FtkitError, match=f"of a type that no model computes in, e.g. {QKV} in model.safetensors"): load(tmp_path/"m")
+
+
+@pytest.mark.parametrize("raw, change", [
+    (raw, dict(rope_scaling=value)) for raw in (INTERNLM2, MINICPM)
+    for value in ("x", [1], {"type": "weird", "factor": 2.}, {"rope_type": "weird"}, {"factor": 2.}, {"type": 3}, {"type": None})] + [
+    (QWEN, dict(use_dynamic_ntk=True, seq_length=None)), (QWEN, dict(use_logn_attn=True, seq_length=0))])
+def test_what_the_original_could_not_compute_is_refused(raw, change, tmp_path):
+    make(tmp_path/"m", raw)
+    (tmp_path/"m/config.json").write_text(json.dumps({**raw, **change}))
+    with pytest.raises(FtkitError, match="can't be loaded exactly: .*(rope_scaling|seq_length)"): load(tmp_path/"m")
+
+
+@pytest.mark.parametrize("change", [dict(rope_scaling={"type": "weird"}), dict(rope_scaling={"type": "longrope"}), dict(hidden_act="x"),
+                                    dict(rope_scaling={"rope_type": "llama3", "factor": 2.}), dict(hidden_size=0)])
+def test_what_transformers_stumbles_over_names_the_folder(change, tmp_path):
+    AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", vocab_size=96, hidden_size=32, intermediate_size=40, num_hidden_layers=1,
+                                                          num_attention_heads=2)).save_pretrained(tmp_path)
+    raw = json.loads((tmp_path/"config.json").read_text())
+    raw.pop("rope_parameters", None)
+    (tmp_path/"config.json").write_text(json.dumps({**raw, **change}))
+    with pytest.raises(FtkitError, match=re.escape(str(tmp_path))): load(tmp_path)
+
+
+def test_a_qwen_that_never_looks_far_needs_no_length(tmp_path):
+    make(tmp_path/"m", {k: v for k,v in QWEN.items() if k != "seq_length"})
+    assert load(tmp_path/"m").model.rotary_emb
+
+
 def test_large_finite_numbers_are_no_damage(tmp_path):
     make(tmp_path/"m", INTERNLM2)
     change_safe(tmp_path/"m", lambda s: s[QKV].fill_(3e38))
@@ -562,6 +709,20 @@ def test_a_grown_vocabulary_is_written(tmp_path):
     assert json.loads((tmp_path/"out/config.json").read_text())["padded_vocab_size"] == 100
     ids = torch.tensor([[3, 98, 99]])
     assert_close(logits(load(tmp_path/"out"), ids), logits(model, ids), atol=1e-6, rtol=0)
+
+
+
+@pytest.mark.parametrize("name, ids", [("baichuan7", 0), ("baichuan13_v1", 8)])
+def test_a_head_that_the_original_would_divide(name, ids, tmp_path):
+    "Baichuan2's after training; and that of Baichuan-13B once its vocabulary is no longer the one that tells it apart."
+    make(tmp_path/"m", SHAPES[name])
+    model,tokenizer = load(tmp_path/"m"),load_tokenizer("nano")
+    save_model(model, tokenizer, None, tmp_path/"before", layout="original")
+    if ids: model.resize_token_embeddings(64000 + ids, mean_resizing=False)
+    else: model.lm_head.weight.data[3] *= 1.01
+    with pytest.raises(FtkitError, match="lm_head.weight was trained.* Save it natively"):
+        save_model(model, tokenizer, None, tmp_path/"after", layout="original")
+    assert not (tmp_path/"after").exists() and save_model(model, tokenizer, None, tmp_path/"after")
 
 
 def test_unloading_an_adapted_head_unties_it(tmp_path):

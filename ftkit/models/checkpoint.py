@@ -7,7 +7,7 @@ __all__ = ['read_header', 'is_adapter', 'weight_files', 'weight_headers', 'store
            'write_weights', 'bytes_of']
 
 # %% ../../nbs/40_models.checkpoint.ipynb #dbeae185
-import json, os, pickle
+import json, operator, os, pickle
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
@@ -30,14 +30,29 @@ def _layout(file):
     except ValueError: header = None
     if not isinstance(header, dict): raise _not_safetensors(file, size)
     header.pop("__metadata__", None)
-    ends = {name: 8 + n + t["data_offsets"][1] for name,t in header.items()}
-    if size != (end := max(ends.values(), default=8 + n)):
-        cut = min((name for name in ends if ends[name] > size), key=ends.get, default=None)
-        raise FtkitError(f"the file has {size:,} bytes, but its header promises {end:,}"
-                         + (f"; {cut} is cut off" if cut else ""),
+    found = {name: _entry(file, name, t) for name,t in header.items()}
+    spans = [(0, 0), *sorted(t[2:] for t in found.values())]
+    if any(end != first for (_,end),(first,_) in zip(spans, spans[1:])):
+        raise FtkitError("by its header the tensors overlap or leave gaps", where=file,
+                         fix="The file is damaged; fetch it again")
+    promised = 8 + n + spans[-1][1]
+    if size != promised:
+        cut = min(((t[3], name) for name,t in found.items() if t[3] > size - 8 - n), default=None)
+        raise FtkitError(f"the file has {size:,} bytes, but its header promises {promised:,}"
+                         + (f"; {cut[1]} is cut off" if cut else ""),
                          where=file, fix="It was not copied or downloaded whole; fetch it again")
-    return {name: (t["dtype"], tuple(t["shape"]), 8 + n + t["data_offsets"][0])
-            for name,t in header.items()}
+    return {name: (kind, shape, 8 + n + first) for name,(kind,shape,first,_) in found.items()}
+
+def _entry(file, name, t):
+    "Type, shape, first byte and end of a tensor by the header, if they agree."
+    try:
+        kind,shape = str(t["dtype"]),tuple(map(operator.index, t["shape"]))
+        first,end = map(operator.index, t["data_offsets"])
+        size = prod(shape)*_TYPES[kind].itemsize if kind in _TYPES else end - first
+        if min(first, size, *shape) >= 0 and end - first == size: return kind,shape,first,end
+    except (KeyError, TypeError, ValueError): pass
+    raise FtkitError(f"its header contradicts itself: {name} is {json.dumps(t)[:200]}", where=file,
+                     fix="The file is damaged; fetch it again")
 
 def _not_safetensors(file, size):
     with open(file, "rb") as f: start = f.read(24)
@@ -50,7 +65,7 @@ def _not_safetensors(file, size):
 # %% ../../nbs/40_models.checkpoint.ipynb #3fa0066a
 def read_header(file)->dict: # Tensor name → (type as in safetensors, e.g. "BF16"; shape)
     "What a file of weights holds, after checking that all of it is there."
-    if Path(file).suffix == ".bin": return {n: (_NAMES[t.dtype], tuple(t.shape))
+    if Path(file).suffix == ".bin": return {n: (_NAMES.get(t.dtype, str(t.dtype)), tuple(t.shape))
                                             for n,t in _read_bin(file, "meta").items()}
     return {name: (kind, shape) for name,(kind,shape,_) in _layout(file).items()}
 
@@ -72,11 +87,15 @@ def _read_bin(file, device):
     except pickle.UnpicklingError as e:
         raise FtkitError("the file holds more than tensors, and reading that could run foreign "
             "code", where=file, fix="Use a version of the model with safetensors") from e
-    except (RuntimeError, EOFError, OSError) as e:
+    except (RuntimeError, EOFError, OSError, KeyError, ValueError) as e:
         raise FtkitError("not a whole file of weights", where=file,
                          fix="It was not copied or downloaded whole; fetch it again") from e
-    if isinstance(found, dict) and all(isinstance(t, Tensor) for t in found.values()): return found
-    raise FtkitError("there are other things than tensors in it", where=file)
+    if isinstance(found, dict) and all(map(_is_weight, found.items())): return found
+    raise FtkitError("there are other things than plain tensors with names in it", where=file)
+
+def _is_weight(item):
+    name,t = item
+    return isinstance(name, str) and isinstance(t, Tensor) and t.layout == torch.strided
 
 # %% ../../nbs/40_models.checkpoint.ipynb #aaa9e1bd
 def is_adapter(folder)->bool:
@@ -89,7 +108,7 @@ def weight_files(folder)->dict: # File → names of its tensors by the index; No
     names = ["adapter_model.safetensors"] if is_adapter(folder) else ["model.safetensors",
                                                                       "pytorch_model.bin"]
     for name in names:
-        if (folder/name).exists(): return {folder/name: None}
+        if (folder/name).is_file(): return {folder/name: None}
         if (folder/f"{name}.index.json").exists(): return _indexed(folder, f"{name}.index.json")
     if is_adapter(folder) and any(folder.glob("*model*.bin")): return {} # refused by its loader
     there = ", ".join(sorted(p.name for p in folder.iterdir())[:6]) or "nothing"
@@ -99,17 +118,28 @@ def weight_files(folder)->dict: # File → names of its tensors by the index; No
 # %% ../../nbs/40_models.checkpoint.ipynb #ec53e609
 def _indexed(folder, name):
     index = folder/name
-    shard_of = read_json(index).get("weight_map") or {}
+    content = read_json(index)
+    shard_of = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(shard_of, dict) or not all(isinstance(f, str) for f in shard_of.values()):
+        raise FtkitError("it has no weight_map from tensors to files", where=index,
+                         fix="Fetch it again")
     files = sorted(set(shard_of.values()))
-    outside = [f for f in files if Path(f).name != f]
+    outside = [f for f in files if Path(f).name != f or f == ".."]
     if outside:
         raise FtkitError(f"it names a file outside of its folder: {outside[0]}", where=index)
-    missing = [f for f in files if not (folder/f).exists()]
+    missing = [f for f in files if not (folder/f).is_file()]
     if missing or not files:
         raise FtkitError(f"{len(missing)} of {len(files)} weight files are missing"
                          + "".join(f", e.g. {f}" for f in missing[:1]), where=index,
                          fix="Copy or download them into the same folder")
     return {folder/f: [t for t,shard in shard_of.items() if shard == f] for f in files}
+
+def _contents(files, read):
+    "Name → file, and what is known of the tensor; of two of a name the one that the index means."
+    held = {f: read(f) for f in files}
+    found = {n: (f, *t) for f,there in held.items() for n,t in there.items()}
+    return found | {n: (f, *held[f][n]) for f,names in files.items() for n in names or ()
+                    if n in held[f]}
 
 def _check_index(folder, files, found):
     lost = sorted(t for names in files.values() for t in names or () if t not in found)
@@ -123,7 +153,7 @@ def _check_index(folder, files, found):
 def weight_headers(folder)->dict: # Name → (type, shape); empty for an adapter's old pickle
     "The headers of all weights in a model or adapter folder, after checking that they are there."
     files = weight_files(folder)
-    found = {k: v for f in files for k,v in read_header(f).items()}
+    found = {n: (kind, shape) for n,(_,kind,shape) in _contents(files, read_header).items()}
     _check_index(Path(folder), files, found)
     return found
 
@@ -143,12 +173,11 @@ def stored_dtype(folder)->torch.dtype:
 class Checkpoint:
     "The tensors in a folder, by name."
     def __init__(self, folder):
-        self.folder,self.places,self._open = Path(folder),{},{}
+        self.folder,self._open = Path(folder),{}
         files = weight_files(folder)
-        for f in files:
-            if f.suffix == ".bin": there = {n: (*h, None) for n,h in read_header(f).items()}
-            else: there = _layout(f)
-            self.places |= {name: (f, *place) for name,place in there.items()}
+        def places(f): return (_layout(f) if f.suffix != ".bin" else
+                               {n: (*h, None) for n,h in read_header(f).items()})
+        self.places = _contents(files, places) # Name → file, type, shape, first byte
         _check_index(self.folder, files, self.places)
         self.packed,self._parts,self._inner = {},{},set()
         self._find_packed()
@@ -158,6 +187,9 @@ class Checkpoint:
     def shape(self, name)->tuple: return self.packed.get(name) or self.places[name][2]
     def parts(self, name)->list: return [name, *self._parts.get(name, ())]
     def file(self, name)->Path: return self.places[name][0]
+    def kind(self, name)->str: return self.places[name][1] # As in safetensors, e.g. "BF16"
+    def has_floats(self, name)->bool: # Numbers that can be used as they are, or four bits
+        return name in self.packed or self.kind(name) in ("F64", "F32", "F16", "BF16")
 
     def size(self, name)->int: # Bytes
         "How much memory a tensor takes."

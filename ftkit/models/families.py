@@ -78,9 +78,15 @@ def _internlm2_mapping(raw):
                     rename("model.embed_tokens.weight", "model.tok_embeddings.weight"),
                     rename("lm_head.weight", "output.weight")], [".inv_freq"])
 
-def _internlm2_refuse(raw):
-    kind = (raw.get("rope_scaling") or {}).get("type", "dynamic")
-    if kind not in ("dynamic", "linear"): return f"its rope_scaling is of the unknown type {kind!r}"
+def _scaling_refuse(raw, *kinds):
+    "Why the original would not take its rope_scaling; None if it would."
+    scaling = raw.get("rope_scaling")
+    if not scaling: return None
+    if not isinstance(scaling, dict): return f"its rope_scaling is {scaling!r}"
+    kind = scaling.get("type") or scaling.get("rope_type")
+    if kind not in kinds: return f"its rope_scaling is of the unknown type {kind!r}"
+
+def _internlm2_refuse(raw): return _scaling_refuse(raw, "dynamic", "linear")
 
 ORIGINALS["InternLM2ForCausalLM"] = Family(_internlm2_config, _internlm2_mapping, _internlm2_refuse)
 
@@ -213,6 +219,9 @@ def _qwen_refuse(raw):
                   activation="swiglu", apply_residual_connection_post_layernorm=False)
     for key,value in needed.items():
         if raw.get(key, value) != value: return _only(raw, key, value)
+    trained,far = raw.get("seq_length"),raw.get("use_dynamic_ntk") or raw.get("use_logn_attn")
+    if far and not (isinstance(trained, int) and trained > 0):
+        return f"what it does with long texts depends on seq_length, which is {trained!r}"
 
 ORIGINALS["QWenLMHeadModel"] = Family(_qwen_config, _qwen_mapping, _qwen_refuse)
 
@@ -272,10 +281,7 @@ def _minicpm_mapping(raw): return Mapping([], [".inv_freq"])
 def _minicpm_refuse(raw):
     if raw.get("num_experts"): return "it is a MiniCPM with experts (MiniCPM-MoE)"
     if raw.get("sparse_config"): return "its attention is sparse (InfLLM)"
-    scaling = raw.get("rope_scaling") or {}
-    kind = scaling.get("type") or scaling.get("rope_type") or "dynamic"
-    if kind not in ("dynamic", "linear", "longrope"):
-        return f"its rope_scaling is of the unknown type {kind!r}"
+    return _scaling_refuse(raw, "dynamic", "linear", "longrope")
 
 ORIGINALS["MiniCPMForCausalLM"] = Family(_minicpm_config, _minicpm_mapping, _minicpm_refuse)
 

@@ -18,9 +18,11 @@ from ..data.families import template
 from ..lora.inject import lora_layers
 from ..lora.io import adapter_config, load_adapter, save_adapter
 from .checkpoint import is_adapter, stored_dtype, weight_headers
-from .families import check_config, native_config
+from .families import check_config, mapping_of, native_config
+from .mapping import changed_by_original
 from .tokenizers import read_tokenizer
-from .stream import check_match, load_exactly, quiet, save_original, usable_attention
+from .stream import (check_match, load_exactly, original_config, quiet, save_original,
+                                 usable_attention, wanted_state)
 from ..nano.base import nano_path
 from ..quant.linear import quantize_model
 
@@ -99,9 +101,11 @@ def _load_base(folder, dtype, device, attn, bits=None):
         if model is not None: return model
         model = _load_by_transformers(folder, dtype, device, attn)
         return quantize_model(model, bits) if bits else model
-    except (ValueError, OSError, RuntimeError, ImportError, TypeError, AttributeError) as e:
+    except (ValueError, OSError, RuntimeError, ImportError, TypeError, AttributeError, LookupError,
+            ArithmeticError) as e: # whatever a wrong value in config.json leads to
         if isinstance(e, torch.OutOfMemoryError): raise
-        raise FtkitError(f"transformers cannot load this model: {e}", where=folder) from e
+        raise FtkitError(f"transformers cannot load this model: {type(e).__name__}: {e}",
+                         where=folder) from e
 
 def _load_by_transformers(folder, dtype, device, attn):
     from transformers import AutoModelForCausalLM
@@ -317,6 +321,9 @@ _TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json"
 
 def _write_original(model, tokenizer, template, folder, notes, max_shard_size):
     base = local_folder(notes["base"], weights=False)
+    if (moved := changed_by_original(mapping_of(original_config(model)), wanted_state(model))):
+        raise FtkitError(f"{moved[0]} was trained, and the original code would divide its rows by "
+                         "their length", where=folder, fix="Save it natively")
     with _disk_errors(): save_original(model, folder, max_shard_size)
     for f in [*(base/n for n in _TOKENIZER_FILES), *base.glob("*.tiktoken")]:
         if f.exists(): shutil.copyfile(f, folder/f.name)

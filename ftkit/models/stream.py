@@ -58,7 +58,7 @@ def skeleton(config,              # A transformers configuration
     if architecture(raw) == "QWenLMHeadModel":
         from ftkit.models.classes import beyond_training
         beyond_training(model, raw.get("use_dynamic_ntk", False), raw.get("use_logn_attn", False),
-                        raw["seq_length"])
+                        raw.get("seq_length"))
     return model.eval()
 
 # %% ../../nbs/45_models.stream.ipynb #298c9ff5
@@ -73,7 +73,7 @@ def wanted_state(model)->dict: # Native name → tensor
     return {n: t for n,t in model.state_dict().items() if n not in tied}
 
 def compare(model, mapping, files:Checkpoint)->dict: # Kind of fault → texts
-    "What is missing, unknown or of another shape in the files; nothing is read for it."
+    "What is missing, unknown, of another shape or type in the files; nothing is read for it."
     wanted = original_shapes(mapping, wanted_state(model))
     twice = set(_renamed(mapping, tied_names(model))) - wanted.keys()
     have = {n for n in files if n not in twice and (n in wanted or not mapping.ignores(n))}
@@ -81,22 +81,30 @@ def compare(model, mapping, files:Checkpoint)->dict: # Kind of fault → texts
         missing=sorted(wanted.keys() - have),
         unknown=[f"{n} in {files.file(n).name}" for n in sorted(have - wanted.keys())],
         misshapen=[f"{n} in {files.file(n).name}, {list(files.shape(n))} and not {list(wanted[n])}"
-                   for n in sorted(wanted.keys() & have) if files.shape(n) != wanted[n]])
+                   for n in sorted(wanted.keys() & have) if files.shape(n) != wanted[n]],
+        mistyped=[f"{n} in {files.file(n).name}, {files.kind(n)}"
+                  for n in sorted(_floats(model, mapping) & have) if not files.has_floats(n)])
 
 # %% ../../nbs/45_models.stream.ipynb #2fd71595
 def _renamed(mapping, names):
     "The original names of native tensors that are single ones in the original."
     return [mapping.groups([n])[0].original[0] for n in names]
 
+def _floats(model, mapping):
+    "The original names of all that is no whole number."
+    return set(original_shapes(mapping, {n: t for n,t in wanted_state(model).items()
+                                         if t.is_floating_point()}))
+
 _FAULTS = dict(missing="are missing", unknown="are unknown to this architecture",
-               misshapen="have another shape than config.json says")
+               misshapen="have another shape than config.json says",
+               mistyped="are of a type that no model computes in")
 
 def check_match(faults:dict, # Of `compare`
                 folder
                )->None:
     "Raise if the weights and the architecture do not match."
     found = [f"{len(faults[k])} {text}, e.g. {faults[k][0]}"
-             for k,text in _FAULTS.items() if faults[k]]
+             for k,text in _FAULTS.items() if faults.get(k)]
     if found:
         raise FtkitError("config.json and the weights do not belong together: of the weights "
                          + "; ".join(found), where=folder, fix="Fetch both again from one place")
