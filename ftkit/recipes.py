@@ -181,6 +181,7 @@ def _checked(r):
         if part is not None: part.check()
     return r
 
+# %% ../nbs/81_recipes.ipynb #247a544c
 def _check_method(r):
     "Raise if nothing, or hardly anything, could be learned."
     if r.lora is None and r.model.bits: raise _frozen(f"option model.bits={r.model.bits}")
