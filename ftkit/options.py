@@ -41,7 +41,7 @@ def from_text(text:str,
 # %% ../nbs/04_options.ipynb #36348f1e
 _YES_NO = {**dict.fromkeys(["true", "yes", "on", "1"], True),
            **dict.fromkeys(["false", "no", "off", "0"], False)}
-_NAMES = re.compile(r"[\w.]+(,[\w.]+)+")
+_NAMES = re.compile(r"[\w.]+(,[\w.]+)+|\[[^\[\]]*\]")
 
 def _element(text):
     try: return ast.literal_eval(text.strip())

@@ -177,8 +177,21 @@ def _checked(r):
     if r.metric and not (r.data.eval_path or r.data.eval_fraction):
         raise ft.FtkitError(f"{r.metric} scores held-out samples, and there are none",
                             where="option metric", fix="Set data.eval_path or data.eval_fraction")
-    for part in (r.train, r.optim): part.check()
+    for part in (r.model, r.lora, r.train, r.optim):
+        if part is not None: part.check()
     return r
+
+# %% ../nbs/81_recipes.ipynb #247a544c
+def _check_method(r):
+    "Raise if nothing, or hardly anything, could be learned."
+    if r.lora is None and r.model.bits: raise _frozen(f"option model.bits={r.model.bits}")
+    if r.lora is None or not r.scratch: return
+    raise ft.FtkitError("random weights that stay frozen teach LoRA layers nothing",
+                        where="option scratch", fix="Take a recipe with _full_ in its name")
+
+def _frozen(where):
+    return ft.FtkitError("weights in 4 or 8 bits are frozen, and this recipe trains every weight",
+                         where, "Take a recipe with _qlora_ in its name, or whole weights")
 
 # %% ../nbs/81_recipes.ipynb #d528f318
 def _dtype(r):
@@ -208,6 +221,7 @@ def _model_to_train(r, tokenizer):
     late = r.lora is not None and r.lora.start != "default" and r.model.bits == 4
     model = _base_model(r.set("model.bits", None) if late else r)
     if r.lora: ft.add_lora(model, r.lora, tokenizer)
+    elif getattr(model.config, "quantization_config", None): raise _frozen(r.model.path)
     if not late: return model
     from torch import nn
     from ftkit.quant.linear import is_experts, quantize_model
@@ -271,6 +285,7 @@ def train(what,            # Name, file or `Recipe`
     "Train a recipe."
     if seed is not None: options["train.seed"] = seed
     r = _checked(load_recipe(what).set(**options))
+    _check_method(r)
     work_dir = _agree(lambda: _work_dir(r, what, work_dir, resume))
     tokenizer = ft.load_tokenizer(r.model.path)
     if r.lora: ft.token_ids(tokenizer, r.lora.tokens) # before any text is encoded

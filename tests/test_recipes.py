@@ -142,7 +142,49 @@ def test_what_fails_fails_before_anything_is_loaded(here, monkeypatch):
            ("nano_lora_colors_e1", {"precision": "fp64"}, "precision"),
            ("nano_lora_colors_e1", {"schedule": "cosin"}, "cosine"),
            ("nano_lora_colors_e1", {"eval_path": None}, "held-out"),
-           ("nano_lora_colors_e1", {"objective": "dpo"}, "objective")]
+           ("nano_lora_colors_e1", {"objective": "dpo"}, "objective"),
+           ("nano_full_colors_e1", {"bits": 4}, "model.bits=4.*_qlora_"),
+           ("nano_full_colors_e1", {"bits": "8"}, "model.bits=8"),
+           ("nano_lora_colors_e1", {"bits": 5}, "Use 4, 8 or None"),
+           ("nano_lora_colors_e1", {"bits": 0}, "Use 4, 8 or None"),
+           ("nano_lora_colors_e1", {"scratch": True}, "scratch.*_full_"),
+           ("nano_lora_colors_e1", {"attn": "sdap"}, "Did you mean 'sdpa'"),
+           ("nano_lora_colors_e1", {"model.dtype": "fp61"}, "unknown dtype"),
+           ("nano_lora_colors_e1", {"device": "gpu"}, "not a device"),
+           ("nano_lora_colors_e1", {"lora.dtype": "fp61"}, "unknown dtype"),
+           ("nano_lora_colors_e1", {"r": -4}, "rank"),
+           ("nano_lora_colors_e1", {"alpha": -1}, "alpha"),
+           ("nano_lora_colors_e1", {"dropout": 1.5}, "dropout"),
+           ("nano_lora_colors_e1", {"start": "pisa"}, "unknown start"),
+           ("nano_lora_colors_e1", {"targets": ""}, "all-linear"),
+           ("nano_lora_colors_e1", {"targets": "(q|v_proj"}, "not a regular expression"),
+           ("nano_lora_colors_e1", {"betas": "0.9"}, "optim.betas"),
+           ("nano_lora_colors_e1", {"betas": "0.9,1.5"}, "optim.betas"),
+           ("nano_lora_colors_e1", {"lr": "inf"}, "optim.lr")]
     for name, options, match in bad:
         with pytest.raises(ftkit.FtkitError, match=match): ftkit.train(name, **options)
     assert os.listdir(here) == []
+
+
+def test_a_base_in_four_bits_is_not_trained_in_full(here):
+    ftkit.quantize_model(ftkit.load_model("nano"), 4).save_pretrained("small")
+    ftkit.load_tokenizer("nano").save_pretrained("small")
+    with pytest.raises(ftkit.FtkitError, match="small: weights in 4 or 8 bits are frozen"):
+        ftkit.train("nano_full_colors_e1", **{**TINY, "model.path": "small", "max_samples": 20})
+    run = ftkit.train("nano_lora_colors_e1", **{**TINY, "model.path": "small", "max_samples": 20})
+    assert run.history
+
+
+def test_one_target_by_its_name(here):
+    targets = {text: ftkit.recipe("nano_lora_colors_e1").set(targets=text).lora.targets
+               for text in ("[q_proj]", "['q_proj']", ".*[qv]_proj", "[a-z.0-9_]*[qv]_proj[s]?")}
+    assert [*targets.values()] == [("q_proj",), ("q_proj",), *[*targets][2:]]
+
+
+@pytest.mark.parametrize("token", [10**8, -1])
+def test_ids_of_tokens_that_cannot_be(token):
+    model, tokenizer = ftkit.load_model("nano"), ftkit.load_tokenizer("nano")
+    rows = model.get_input_embeddings().weight.shape[0]
+    with pytest.raises(ftkit.FtkitError, match=f"there is no token {token}"):
+        ftkit.add_lora(model, ftkit.LoraConfig(tokens=(token,)), tokenizer)
+    assert model.get_input_embeddings().weight.shape[0] == rows

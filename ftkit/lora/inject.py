@@ -16,7 +16,7 @@ from torch import nn
 from ..core import FtkitError, pick_dtype, say, unknown_name
 from .dora import DoraLinear
 from .experts import LoraExperts, expert_stacks
-from .layers import LoraLinear
+from .layers import LoraLinear, _check_numbers
 from .modules import TokenRows, TrainedCopy, grow_tables, token_ids
 from .starts import apply_start, check_start
 
@@ -53,9 +53,7 @@ def find_targets(model:nn.Module,
                 )->list:              # Names, linear layers first
     "The linear layers and experts that `targets` means; a target that means none is an error."
     linears,stacks = _linears(model),_stacks(model)
-    if not targets or not isinstance(targets, (str, list, tuple, set)):
-        raise FtkitError(f"expected 'all-linear', a list of names or a regular expression, "
-                         f"found {targets!r}", where="targets")
+    _check_spelling(targets)
     if isinstance(targets, str) and targets.lower() == "all-linear":
         found = [n for n,m in linears.items() if not _is_head(model, n, m)]
         if found: return found + [*stacks]
@@ -65,15 +63,22 @@ def find_targets(model:nn.Module,
     return [n for n in (*linears, *stacks) if matches_target(n, targets)]
 
 # %% ../../nbs/21_lora.inject.ipynb #eb62f75f
+def _check_spelling(targets):
+    "Raise unless `targets` could mean something."
+    if not targets or not isinstance(targets, (str, list, tuple, set)):
+        raise FtkitError(f"expected 'all-linear', a list of names or a regular expression, "
+                         f"found {targets!r}", where="targets")
+    try: re.compile(targets if isinstance(targets, str) else "")
+    except re.error as e:
+        raise FtkitError(f"not a regular expression: {e}", where=f"targets={targets!r}") from e
+
 def _check_target(model, names, target, targets):
     "Raise unless `target`, an entry of the list `targets` or all of it, is among the names."
     where,alone = f"targets={targets!r}",isinstance(targets, str)
     if not isinstance(target, str) or not target:
         raise FtkitError(f"{target!r} is not a name", where=where)
     pattern = target if alone else [target]
-    try:
-        if any(matches_target(n, pattern) for n in names): return
-    except re.error as e: raise FtkitError(f"not a regular expression: {e}", where=where) from e
+    if any(matches_target(n, pattern) for n in names): return
     if alone and any(matches_target(n, [target]) for n in names):
         raise FtkitError("a string is a regular expression for the whole name of a layer",
                          where=where, fix=f"For the ending of a name write a list: [{target!r}]")
@@ -121,6 +126,11 @@ def _grown_ids(model, tokens, tokenizer):
     if (text := next((t for t in tokens if isinstance(t, str)), None)) is not None:
         raise FtkitError(f"the text {text!r} needs a tokenizer", where="lora.tokens",
                          fix="Give one: add_lora(model, cfg, tokenizer); or give ids")
+    rows = model.get_input_embeddings().weight.shape[0]
+    known = max(rows, max(tokens) + 1 if tokenizer is None else len(tokenizer))
+    if (odd := next((t for t in tokens if not 0 <= t < known), None)) is not None:
+        raise FtkitError(f"there is no token {odd}", where="lora.tokens",
+                         fix="Give ids that the tokenizer has, or the texts of new tokens")
     grow_tables(model, max(tokens) + 1)
     return list(tokens)
 
@@ -146,6 +156,14 @@ class LoraConfig:
     start:str="default"    # default, pissa, pissa_niter_16 (faster), loftq, loftq_iter_5
     modules_to_save:tuple=() # Modules to train in full, by name endings, e.g. lm_head
     tokens:tuple=()        # Tokens whose rows in embedding and head are trained, by text or id
+
+    def check(self)->"LoraConfig":
+        "Itself, or an error that names the option that makes no sense with any model."
+        _check_numbers(self.r, self.alpha, self.dropout)
+        _check_spelling(self.targets)
+        check_start(self.start)
+        if self.dtype != "base": pick_dtype(self.dtype)
+        return self
 
 # %% ../../nbs/21_lora.inject.ipynb #5d714d25
 def lora_layers(model:nn.Module)->dict: # Name → LoraLinear or LoraExperts
@@ -193,7 +211,7 @@ def add_lora(model:nn.Module,       # Changed in place
     "Freeze `model` and put a LoRA layer in place of each target."
     _check_bare(model)
     cfg = cfg or LoraConfig()
-    dtype = None if cfg.dtype == "base" else pick_dtype(cfg.dtype)
+    dtype = None if cfg.check().dtype == "base" else pick_dtype(cfg.dtype)
     plan = {n: (cfg.r, cfg.alpha) for n in find_targets(model, cfg.targets)}
     copies = find_modules(model, cfg.modules_to_save)
     tables = _token_tables(model) if cfg.tokens else []
@@ -209,7 +227,6 @@ def add_lora(model:nn.Module,       # Changed in place
 
 # %% ../../nbs/21_lora.inject.ipynb #e0d19e13
 def _check_plan(model, cfg, plan, others):
-    check_start(cfg.start)
     if cfg.start.startswith("pissa") and cfg.dropout:
         say(f"ftkit: with lora.start={cfg.start} a dropout of {cfg.dropout:g} falls on the largest "
             "parts of the weights; the authors of PiSSA train with lora.dropout=0")

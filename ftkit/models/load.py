@@ -92,9 +92,21 @@ class ModelConfig:
     attn:str = "sdpa"   # Attention: sdpa, eager, flash_attention_2
     bits:int = None     # Bits of each frozen weight: 4, 8, or None for those that it has
 
+    def check(self)->"ModelConfig":
+        "Itself, or an error that names the option that makes no sense on this machine."
+        _check_how(self.attn, self.bits)
+        pick_dtype(self.dtype, pick_device(self.device))
+        return self
+
+def _check_how(attn, bits):
+    known = "sdpa", "eager", "flash_attention_2"
+    if attn not in known: raise unknown_name("attention", attn, known)
+    if attn == known[2]: need("flash_attn", "flash-attn", f"attn={attn}")
+    if bits in (None, 4, 8): return
+    raise FtkitError(f"{bits!r} bits can't be had", where="bits", fix="Use 4, 8 or None")
+
 # %% ../../nbs/46_models.load.ipynb #891c759f
 def _load_base(folder, dtype, device, attn, bits=None):
-    if attn.startswith("flash"): need("flash_attn", "flash-attn", f"attn={attn}")
     check_config(folder)
     try:
         model = load_exactly(folder, dtype, device, attn, bits)
@@ -177,10 +189,9 @@ def load_model(path="nano",    # "nano", a folder (model, adapter, checkpoint, w
         if is_adapter(folder):
             raise FtkitError(f"its base {path} is an adapter as well", where=adapter,
                              fix="Merge that one first")
+    _check_how(attn, bits)
     device = pick_device(device)
     dtype = pick_dtype(dtype, device)
-    if bits not in (None, 4, 8):
-        raise FtkitError(f"{bits!r} bits can't be had", where="bits", fix="Use 4, 8 or None")
     weight_headers(folder)
     if adapter is not None: adapter = _fitting(local_folder(adapter), folder)
     model = _load_base(folder, dtype, device, attn, bits)

@@ -38,6 +38,10 @@ class OptimConfig:
         if self.optimizer not in OPTIMIZERS:
             raise unknown_name("optimizer", self.optimizer, OPTIMIZERS)
         for name in LIMITS: _check_number(name, getattr(self, name), LIMITS[name])
+        if len(self.betas) != 2 or not all(isinstance(b, (int, float)) and 0 <= b < 1
+                                           for b in self.betas):
+            raise FtkitError(f"expected two numbers from 0 to below 1, found {self.betas!r}",
+                             where="optim.betas")
         for one,other in (("warmup_steps", "warmup_ratio"), ("min_lr", "min_lr_ratio")):
             if getattr(self, one) is None or not getattr(self, other): continue
             raise FtkitError(f"optim.{other} says the same in another way", where=f"optim.{one}",
@@ -52,8 +56,8 @@ LIMITS = dict.fromkeys(("lr", "eps", "weight_decay", "max_grad_norm", "min_lr", 
 NONE = dict(warmup_ratio=None, min_lr_ratio=0)
 
 def _check_number(name, value, high):
-    if value is None or 0 <= value <= high: return
-    span = "between 0 and 1" if high == 1 else "at least 0"
+    if value is None or 0 <= value <= high and value < math.inf: return
+    span = "between 0 and 1" if high == 1 else "a number of at least 0"
     raise FtkitError(f"must be {span}, but is {value}", where=f"optim.{name}")
 
 # %% ../../nbs/60_training.optim.ipynb #724aedbd
