@@ -105,8 +105,8 @@ def option(names:str,    # "FILE" for an argument, "--seed" or "-p --pattern" fo
     return names.split(),dict(help=help, **how)
 
 # %% ../nbs/82_cli.ipynb #a97836cb
-_WHAT = option("RECIPE", "name of a recipe, or a recipe file ending in .py")
-_SET = option("--set --cfg-options", "change options: --set lr=1e-3 train.max_steps=50",
+_WHAT = option("RECIPE", "name of a recipe (list-cfg shows all), or a file ending in .py")
+_SET = option("--set --cfg-options", "options to change (copy-cfg shows all), e.g. lr=1e-3 train.max_steps=50",
               nargs="+", action="extend", metavar="KEY=VALUE")
 
 def _changes(args):
