@@ -106,7 +106,7 @@ def option(names:str,    # "FILE" for an argument, "--seed" or "-p --pattern" fo
 
 # %% ../nbs/82_cli.ipynb #a97836cb
 _WHAT = option("RECIPE", "name of a recipe (list-cfg shows all), or a file ending in .py")
-_SET = option("--set --cfg-options", "options to change (copy-cfg shows all), e.g. lr=1e-3 train.max_steps=50",
+_SET = option("--set --cfg-options", "options to change (copy-cfg shows all): lr=1e-3 r=8",
               nargs="+", action="extend", metavar="KEY=VALUE")
 
 def _changes(args):
