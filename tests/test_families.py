@@ -490,7 +490,7 @@ def test_tensors_that_lie_on_each_other(tmp_path):
 
 
 @pytest.mark.parametrize("content, match", [
-    ([1], "no weight_map"), ({}, "no weight_map"), ({"weight_map": [1]}, "no weight_map"), ({"weight_map": {"a": 1}}, "no weight_map"),
+    ([1], "no weight_map"), ({}, "0 of 0 weight files"), ({"weight_map": [1]}, "no weight_map"), ({"weight_map": {"a": 1}}, "no weight_map"),
     ({"weight_map": {"a": ".."}}, "outside of its folder"), ({"weight_map": {"a": "model"}}, "1 of 1 weight files are missing"),
 ])
 def test_an_index_that_is_none(tmp_path, content, match):

@@ -119,7 +119,7 @@ def weight_files(folder)->dict: # File → names of its tensors by the index; No
 def _indexed(folder, name):
     index = folder/name
     content = read_json(index)
-    shard_of = content.get("weight_map") if isinstance(content, dict) else None
+    shard_of = content.get("weight_map", {}) if isinstance(content, dict) else None
     if not isinstance(shard_of, dict) or not all(isinstance(f, str) for f in shard_of.values()):
         raise FtkitError("it has no weight_map from tensors to files", where=index,
                          fix="Fetch it again")

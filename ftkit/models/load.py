@@ -20,7 +20,7 @@ from ..lora.io import adapter_config, load_adapter, save_adapter
 from .checkpoint import is_adapter, stored_dtype, weight_headers
 from .families import check_config, mapping_of, native_config
 from .mapping import changed_by_original
-from .tokenizers import read_tokenizer
+from .tokenizers import read_object, read_tokenizer
 from .stream import (check_match, load_exactly, original_config, quiet, save_original,
                                  usable_attention, wanted_state)
 from ..nano.base import nano_path
@@ -199,7 +199,7 @@ def load_tokenizer(path="nano", # Like `load_model`
         raise FtkitError("there is no tokenizer here (tokenizer.json or tokenizer.model)",
                          where=folder, fix="Download or copy the whole folder of the model")
     config = folder/"config.json"
-    own = read_tokenizer(folder, read_json(config) if config.exists() else {})
+    own = read_tokenizer(folder, read_object(config))
     if own is not None: return own
     try:
         with quiet():
@@ -329,9 +329,9 @@ def _write_original(model, tokenizer, template, folder, notes, max_shard_size):
         if f.exists(): shutil.copyfile(f, folder/f.name)
     settings,generation = folder/"tokenizer_config.json",base/"generation_config.json"
     if template and settings.exists():
-        _write_json(settings, {**read_json(settings), "chat_template": template.jinja})
+        _write_json(settings, {**read_object(settings), "chat_template": template.jinja})
         (folder/"chat_template.jinja").unlink(missing_ok=True)
-    before = read_json(generation) if generation.exists() else {}
+    before = read_object(generation)
     if tokenizer: before |= _ends(tokenizer, template)
     _write_json(folder/"generation_config.json", before)
     return _write_notes(folder, notes)
