@@ -556,6 +556,7 @@ def test_code_that_nobody_knows(tmp_path):
 @pytest.mark.parametrize("content", ["[1]", "3", "null"])
 def test_settings_that_are_none(tmp_path, file, content):
     load_tokenizer("nano").save_pretrained(tmp_path)
+    (tmp_path/"config.json").write_text('{"model_type": "llama"}')
     (tmp_path/file).write_text(content)
     with pytest.raises(FtkitError, match=f"{file}: expected settings in"): load_tokenizer(tmp_path)
 
@@ -565,6 +566,7 @@ def test_settings_that_are_none(tmp_path, file, content):
     dict(tokenizer_class=v) for v in (3, [1], {"a": 1})])
 def test_settings_that_make_no_sense(tmp_path, change):
     load_tokenizer("nano").save_pretrained(tmp_path)
+    (tmp_path/"config.json").write_text('{"model_type": "llama"}')
     own = json.loads((tmp_path/"tokenizer_config.json").read_text())
     (tmp_path/"tokenizer_config.json").write_text(json.dumps({**own, **change}))
     with pytest.raises(FtkitError, match="tokenizer_config.json: (the added tokens are not|tokenizer_class is no)"):

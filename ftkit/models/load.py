@@ -328,6 +328,8 @@ def _write_original(model, tokenizer, template, folder, notes, max_shard_size):
     for f in [*(base/n for n in _TOKENIZER_FILES), *base.glob("*.tiktoken")]:
         if f.exists(): shutil.copyfile(f, folder/f.name)
     settings,generation = folder/"tokenizer_config.json",base/"generation_config.json"
+    if tokenizer and _has_tokenizer(base): _add_tokens(tokenizer, load_tokenizer(base), folder)
+    elif tokenizer: tokenizer.save_pretrained(folder)
     if template and settings.exists():
         _write_json(settings, {**read_object(settings), "chat_template": template.jinja})
         (folder/"chat_template.jinja").unlink(missing_ok=True)
@@ -335,6 +337,19 @@ def _write_original(model, tokenizer, template, folder, notes, max_shard_size):
     if tokenizer: before |= _ends(tokenizer, template)
     _write_json(folder/"generation_config.json", before)
     return _write_notes(folder, notes)
+
+def _add_tokens(tokenizer, before, folder):
+    "Write the tokens that were added since into the files of the base's tokenizer."
+    known,file = before.get_vocab(),folder/"tokenizer_config.json"
+    new = {str(i): dict(content=t.content, special=t.special, lstrip=t.lstrip, rstrip=t.rstrip,
+                        single_word=t.single_word, normalized=t.normalized)
+           for i,t in tokenizer.added_tokens_decoder.items() if t.content not in known}
+    if not new: return
+    own = read_object(file)
+    own["added_tokens_decoder"] = {**(own.get("added_tokens_decoder") or {}), **new}
+    _write_json(file, own)
+    ready = folder/"tokenizer.json"
+    if ready.exists(): tokenizer.backend_tokenizer.save(str(ready))
 
 _WRITERS = dict(native=_write_model, original=_write_original)
 
