@@ -692,6 +692,17 @@ def test_original_layout_takes_the_template_along(tmp_path):
     assert generation["eos_token_id"] == made.stop_ids(tokenizer) and generation["chat_format"] == "chatml"
 
 
+def test_code_that_is_left_behind_is_named(tmp_path, capsys):
+    make(tmp_path/"m", {**INTERNLM2, "auto_map": {"AutoConfig": "configuration_x.Config", "AutoModel": "modeling_x.Model",
+                                                  "AutoModelForCausalLM": "modeling_x.Model"}})
+    (tmp_path/"m/tokenizer_config.json").write_text(json.dumps({"auto_map": {"AutoTokenizer": ["tokenization_x.Slow", None]}}))
+    save_model(load(tmp_path/"m"), None, None, tmp_path/"a", layout="original")
+    assert "needs configuration_x.py, modeling_x.py, tokenization_x.py beside it" in capsys.readouterr().err
+    make(tmp_path/"n", {**INTERNLM2, "auto_map": {"AutoConfig": "me/repo--configuration_x.Config"}}) # transformers fetches that itself
+    save_model(load(tmp_path/"n"), None, None, tmp_path/"b", layout="original")
+    assert "beside it" not in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("ready", [True, False])
 def test_added_tokens_reach_the_original_layout(ready, tmp_path):
     if ready:

@@ -336,7 +336,15 @@ def _write_original(model, tokenizer, template, folder, notes, max_shard_size):
     before = read_object(generation)
     if tokenizer: before |= _ends(tokenizer, template)
     _write_json(folder/"generation_config.json", before)
+    if (code := _code(folder)):
+        say(f"ftkit: what loads this model by its authors' code (with trust_remote_code) needs "
+            f"{', '.join(code)} beside it, which ftkit leaves in {notes['base']}")
     return _write_notes(folder, notes)
+
+def _code(folder):
+    "The Python files that the settings name."
+    named = [read_object(folder/n).get("auto_map") for n in ("config.json", "tokenizer_config.json")]
+    return sorted({f"{n}.py" for n in re.findall(r'"(\w+)\.\w+"', json.dumps(named))})
 
 def _add_tokens(tokenizer, before, folder):
     "Write the tokens that were added since into the files of the base's tokenizer."
