@@ -343,7 +343,8 @@ def _write_original(model, tokenizer, template, folder, notes, max_shard_size):
 
 def _code(folder):
     "The Python files that the settings name."
-    named = [read_object(folder/n).get("auto_map") for n in ("config.json", "tokenizer_config.json")]
+    files = folder/"config.json",folder/"tokenizer_config.json"
+    named = [read_object(f).get("auto_map") for f in files]
     return sorted({f"{n}.py" for n in re.findall(r'"(\w+)\.\w+"', json.dumps(named))})
 
 def _add_tokens(tokenizer, before, folder):
