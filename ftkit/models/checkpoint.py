@@ -43,6 +43,7 @@ def _layout(file):
                          where=file, fix="It was not copied or downloaded whole; fetch it again")
     return {name: (kind, shape, 8 + n + first) for name,(kind,shape,first,_) in found.items()}
 
+# %% ../../nbs/40_models.checkpoint.ipynb #d1646a0e
 def _entry(file, name, t):
     "Type, shape, first byte and end of a tensor by the header, if they agree."
     try:

@@ -347,6 +347,7 @@ def _code(folder):
     named = [read_object(f).get("auto_map") for f in files]
     return sorted({f"{n}.py" for n in re.findall(r'"(\w+)\.\w+"', json.dumps(named))})
 
+# %% ../../nbs/46_models.load.ipynb #57c6d0d6
 def _add_tokens(tokenizer, before, folder):
     "Write the tokens that were added since into the files of the base's tokenizer."
     known,file = before.get_vocab(),folder/"tokenizer_config.json"

@@ -287,6 +287,7 @@ def _settings(folder):
     own["remote"] = auto.get("AutoTokenizer") if isinstance(auto, dict) else auto
     return own
 
+# %% ../../nbs/44_models.tokenizers.ipynb #7725d0bb
 def _listed(own, added, where):
     "Id → what is said of the token."
     try:
