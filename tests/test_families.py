@@ -490,7 +490,7 @@ def test_tensors_that_lie_on_each_other(tmp_path):
 
 
 @pytest.mark.parametrize("content, match", [
-    ([1], "no weight_map"), ({}, "no weight_map"), ({"weight_map": [1]}, "no weight_map"), ({"weight_map": {"a": 1}}, "no weight_map"),
+    ([1], "no weight_map"), ({}, "0 of 0 weight files"), ({"weight_map": [1]}, "no weight_map"), ({"weight_map": {"a": 1}}, "no weight_map"),
     ({"weight_map": {"a": ".."}}, "outside of its folder"), ({"weight_map": {"a": "model"}}, "1 of 1 weight files are missing"),
 ])
 def test_an_index_that_is_none(tmp_path, content, match):
@@ -544,6 +544,7 @@ def test_the_folders_of_the_hub_are_links(tmp_path):
     assert_close(logits(load(snapshot), ids), logits(model, ids), atol=1e-5, rtol=1e-5)
     save_model(load(snapshot), load_tokenizer("nano"), None, tmp_path/"out", layout="original")
     assert not any(f.is_symlink() for f in (tmp_path/"out").iterdir())
+    assert load_tokenizer(tmp_path/"out")("dark teal") # the base had none
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.bool, torch.float8_e4m3fn, torch.int32])
@@ -689,6 +690,48 @@ def test_original_layout_takes_the_template_along(tmp_path):
     assert load_tokenizer(out).chat_template == made.jinja and not list(out.glob("*.py"))
     generation = json.loads((out/"generation_config.json").read_text())
     assert generation["eos_token_id"] == made.stop_ids(tokenizer) and generation["chat_format"] == "chatml"
+
+
+def test_code_that_is_left_behind_is_named(tmp_path, capsys):
+    make(tmp_path/"m", {**INTERNLM2, "auto_map": {"AutoConfig": "configuration_x.Config", "AutoModel": "modeling_x.Model",
+                                                  "AutoModelForCausalLM": "modeling_x.Model"}})
+    (tmp_path/"m/tokenizer_config.json").write_text(json.dumps({"auto_map": {"AutoTokenizer": ["tokenization_x.Slow", None]}}))
+    save_model(load(tmp_path/"m"), None, None, tmp_path/"a", layout="original")
+    assert "needs configuration_x.py, modeling_x.py, tokenization_x.py beside it" in capsys.readouterr().err
+    make(tmp_path/"n", {**INTERNLM2, "auto_map": {"AutoConfig": "me/repo--configuration_x.Config"}}) # transformers fetches that itself
+    save_model(load(tmp_path/"n"), None, None, tmp_path/"b", layout="original")
+    assert "beside it" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("ready", [True, False])
+def test_added_tokens_reach_the_original_layout(ready, tmp_path):
+    if ready:
+        size = len(load_tokenizer("nano"))
+        make(tmp_path/"base", {**INTERNLM2, "vocab_size": size})
+        load_tokenizer("nano").save_pretrained(tmp_path/"base")
+    else:
+        ranks = {bytes([i]): i for i in range(256)} | {b"th": 256}
+        (tmp_path/"base").mkdir()
+        (tmp_path/"base/qwen.tiktoken").write_text("".join(f"{base64.b64encode(b).decode()} {i}\n" for b,i in ranks.items()))
+        (tmp_path/"base/tokenizer_config.json").write_text(json.dumps(dict(
+            tokenizer_class="QWenTokenizer", auto_map={"AutoTokenizer": ["tokenization_qwen.QWenTokenizer", None]})))
+        make(tmp_path/"base", {**QWEN, "vocab_size": (size := len(load_tokenizer_of(tmp_path/"base")))})
+    model,tokenizer = load(tmp_path/"base"),load_tokenizer(tmp_path/"base")
+    add_lora(model, LoraConfig(r=2, tokens=("<|tool|>", "colour")), tokenizer)
+    save_model(model, tokenizer, None, tmp_path/"adapter")
+    for layout in "original", "native":
+        out = merge(None, tmp_path/"adapter", tmp_path/layout, layout=layout)
+        again = load_tokenizer(out)
+        assert len(again) == size + 2 == load(out).get_input_embeddings().weight.shape[0]
+        assert again("the <|tool|>colour").input_ids == tokenizer("the <|tool|>colour").input_ids
+        assert again("<|tool|>").input_ids[-1] == size and again.convert_tokens_to_ids("colour") == size + 1
+    own = json.loads((tmp_path/"original/tokenizer_config.json").read_text())
+    assert {t["content"] for t in own["added_tokens_decoder"].values()} >= {"<|tool|>", "colour"}
+
+
+def load_tokenizer_of(folder):
+    from ftkit.models.tokenizers import read_tokenizer
+    return read_tokenizer(folder, {})
 
 
 def test_original_layout_needs_an_original(tmp_path):

@@ -9,6 +9,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from ftkit.core import FtkitError
 from ftkit.data.encode import encode_prompt
 from ftkit.data.families import template
+from ftkit.models.load import load_tokenizer
 from ftkit.models.tokenizers import (
     GLM4_WORDS, QWEN_WORDS, _parsed, bpe_merges, read_tiktoken, read_tokenizer, sentencepiece_tokenizer,
     tiktoken_tokenizer)
@@ -553,3 +554,24 @@ def test_code_that_nobody_knows(tmp_path):
     (tmp_path/"tokenizer.model").unlink()
     f = folder_with(tmp_path, tokenizer_config__json=remote("QWenTokenizer"))
     with pytest.raises(FtkitError, match="no qwen.tiktoken here"): read_tokenizer(f, {})
+
+
+@pytest.mark.parametrize("file", ["tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "config.json"])
+@pytest.mark.parametrize("content", ["[1]", "3", "null"])
+def test_settings_that_are_none(tmp_path, file, content):
+    load_tokenizer("nano").save_pretrained(tmp_path)
+    (tmp_path/"config.json").write_text('{"model_type": "llama"}')
+    (tmp_path/file).write_text(content)
+    with pytest.raises(FtkitError, match=f"{file}: expected settings in"): load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("change", [
+    dict(added_tokens_decoder=v) for v in (3, [1], "x", {"a": 1}, {"0": "x"}, {"x": {"content": "a"}}, {"0": {}})] + [
+    dict(tokenizer_class=v) for v in (3, [1], {"a": 1})])
+def test_settings_that_make_no_sense(tmp_path, change):
+    load_tokenizer("nano").save_pretrained(tmp_path)
+    (tmp_path/"config.json").write_text('{"model_type": "llama"}')
+    own = json.loads((tmp_path/"tokenizer_config.json").read_text())
+    (tmp_path/"tokenizer_config.json").write_text(json.dumps({**own, **change}))
+    with pytest.raises(FtkitError, match="tokenizer_config.json: (the added tokens are not|tokenizer_class is no)"):
+        load_tokenizer(tmp_path)

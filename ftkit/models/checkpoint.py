@@ -43,6 +43,7 @@ def _layout(file):
                          where=file, fix="It was not copied or downloaded whole; fetch it again")
     return {name: (kind, shape, 8 + n + first) for name,(kind,shape,first,_) in found.items()}
 
+# %% ../../nbs/40_models.checkpoint.ipynb #d1646a0e
 def _entry(file, name, t):
     "Type, shape, first byte and end of a tensor by the header, if they agree."
     try:
@@ -119,7 +120,7 @@ def weight_files(folder)->dict: # File → names of its tensors by the index; No
 def _indexed(folder, name):
     index = folder/name
     content = read_json(index)
-    shard_of = content.get("weight_map") if isinstance(content, dict) else None
+    shard_of = content.get("weight_map", {}) if isinstance(content, dict) else None
     if not isinstance(shard_of, dict) or not all(isinstance(f, str) for f in shard_of.values()):
         raise FtkitError("it has no weight_map from tensors to files", where=index,
                          fix="Fetch it again")

@@ -20,7 +20,7 @@ from ..lora.io import adapter_config, load_adapter, save_adapter
 from .checkpoint import is_adapter, stored_dtype, weight_headers
 from .families import check_config, mapping_of, native_config
 from .mapping import changed_by_original
-from .tokenizers import read_tokenizer
+from .tokenizers import read_object, read_tokenizer
 from .stream import (check_match, load_exactly, original_config, quiet, save_original,
                                  usable_attention, wanted_state)
 from ..nano.base import nano_path
@@ -210,7 +210,7 @@ def load_tokenizer(path="nano", # Like `load_model`
         raise FtkitError("there is no tokenizer here (tokenizer.json or tokenizer.model)",
                          where=folder, fix="Download or copy the whole folder of the model")
     config = folder/"config.json"
-    own = read_tokenizer(folder, read_json(config) if config.exists() else {})
+    own = read_tokenizer(folder, read_object(config))
     if own is not None: return own
     try:
         with quiet():
@@ -339,13 +339,38 @@ def _write_original(model, tokenizer, template, folder, notes, max_shard_size):
     for f in [*(base/n for n in _TOKENIZER_FILES), *base.glob("*.tiktoken")]:
         if f.exists(): shutil.copyfile(f, folder/f.name)
     settings,generation = folder/"tokenizer_config.json",base/"generation_config.json"
+    if tokenizer and _has_tokenizer(base): _add_tokens(tokenizer, load_tokenizer(base), folder)
+    elif tokenizer: tokenizer.save_pretrained(folder)
     if template and settings.exists():
-        _write_json(settings, {**read_json(settings), "chat_template": template.jinja})
+        _write_json(settings, {**read_object(settings), "chat_template": template.jinja})
         (folder/"chat_template.jinja").unlink(missing_ok=True)
-    before = read_json(generation) if generation.exists() else {}
+    before = read_object(generation)
     if tokenizer: before |= _ends(tokenizer, template)
     _write_json(folder/"generation_config.json", before)
+    if (code := _code(folder)):
+        say(f"ftkit: what loads this model by its authors' code (with trust_remote_code) needs "
+            f"{', '.join(code)} beside it, which ftkit leaves in {notes['base']}")
     return _write_notes(folder, notes)
+
+def _code(folder):
+    "The Python files that the settings name."
+    files = folder/"config.json",folder/"tokenizer_config.json"
+    named = [read_object(f).get("auto_map") for f in files]
+    return sorted({f"{n}.py" for n in re.findall(r'"(\w+)\.\w+"', json.dumps(named))})
+
+# %% ../../nbs/46_models.load.ipynb #57c6d0d6
+def _add_tokens(tokenizer, before, folder):
+    "Write the tokens that were added since into the files of the base's tokenizer."
+    known,file = before.get_vocab(),folder/"tokenizer_config.json"
+    new = {str(i): dict(content=t.content, special=t.special, lstrip=t.lstrip, rstrip=t.rstrip,
+                        single_word=t.single_word, normalized=t.normalized)
+           for i,t in tokenizer.added_tokens_decoder.items() if t.content not in known}
+    if not new: return
+    own = read_object(file)
+    own["added_tokens_decoder"] = {**(own.get("added_tokens_decoder") or {}), **new}
+    _write_json(file, own)
+    ready = folder/"tokenizer.json"
+    if ready.exists(): tokenizer.backend_tokenizer.save(str(ready))
 
 _WRITERS = dict(native=_write_model, original=_write_original)
 

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['QWEN_WORDS', 'GLM4_WORDS', 'SentencePiece', 'read_sentencepiece', 'bpe_merges', 'sentencepiece_tokenizer',
-           'read_tiktoken', 'tiktoken_tokenizer', 'TokenizerFamily', 'read_tokenizer']
+           'read_tiktoken', 'tiktoken_tokenizer', 'TokenizerFamily', 'read_object', 'read_tokenizer']
 
 # %% ../../nbs/44_models.tokenizers.ipynb #b4000450
-import base64, re, struct
+import base64, json, re, struct
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tokenizers import (
@@ -264,14 +264,21 @@ _OF_MODELS = dict(internlm="InternLMTokenizer", internlm2="InternLM2Tokenizer",
                   Yi="YiTokenizer", llama="LlamaTokenizer", minicpm="LlamaTokenizer")
 
 # %% ../../nbs/44_models.tokenizers.ipynb #10c2c3f3
+def read_object(file)->dict: # Name → value; empty if there is no such file
+    "What a JSON file of settings holds."
+    found = read_json(file) if Path(file).exists() else {}
+    if isinstance(found, dict): return found
+    raise FtkitError(f"expected settings in {{…}}, found {json.dumps(found)[:40]}", where=file,
+                     fix="Fetch the file again")
+
+# %% ../../nbs/44_models.tokenizers.ipynb #a9fdbb3f
 def _settings(folder):
     "What `tokenizer_config.json` and its companions say."
-    def read(name): return read_json(folder/name) if (folder/name).exists() else {}
-    own = {**read("special_tokens_map.json"), **read("tokenizer_config.json")}
-    listed = {int(i): t for i,t in (own.get("added_tokens_decoder") or {}).items()}
-    for text,i in read("added_tokens.json").items():
-        listed.setdefault(i, dict(content=text, special=True))
-    own["added_tokens_decoder"] = listed
+    main = folder/"tokenizer_config.json"
+    own = {**read_object(folder/"special_tokens_map.json"), **read_object(main)}
+    own["added_tokens_decoder"] = _listed(own, read_object(folder/"added_tokens.json"), main)
+    if not isinstance(own.get("tokenizer_class") or "", str):
+        raise FtkitError("tokenizer_class is no name", where=main, fix=_AGAIN)
     if (folder/"chat_template.jinja").exists():
         own["chat_template"] = (folder/"chat_template.jinja").read_text(encoding="utf-8")
     if isinstance(several := own.get("chat_template"), list):
@@ -279,6 +286,19 @@ def _settings(folder):
     auto = own.pop("auto_map", None) or {} # older files have the list alone
     own["remote"] = auto.get("AutoTokenizer") if isinstance(auto, dict) else auto
     return own
+
+# %% ../../nbs/44_models.tokenizers.ipynb #7725d0bb
+def _listed(own, added, where):
+    "Id → what is said of the token."
+    try:
+        found = {int(i): {**t, "content": str(t["content"])}
+                 for i,t in (own.get("added_tokens_decoder") or {}).items()}
+        for text,i in added.items():
+            found.setdefault(int(i), dict(content=text, special=True))
+        return found
+    except (AttributeError, KeyError, TypeError, ValueError) as e:
+        raise FtkitError("the added tokens are not written as ids and tokens", where=where,
+                         fix=_AGAIN) from e
 
 def _text(token): # A text, or what AddedToken writes into JSON
     return token["content"] if isinstance(token, dict) else token
