@@ -125,8 +125,9 @@ def _train(args):
     if args.precision: options["train.precision"] = args.precision
     if args.gradient_checkpointing: options["train.gradient_checkpointing"] = True
     if args.skip_bad_rows: options["data.skip_bad_rows"] = True
+    from ftkit.core import say
     run = ft.train(args.recipe, args.work_dir, args.resume, args.seed, **options)
-    print(f"{run!r}\nTalk to it:  ftkit chat {run.work_dir}", file=sys.stderr)
+    say(f"{run!r}\nTalk to it:  ftkit chat {run.work_dir}")
 
 # %% ../nbs/82_cli.ipynb #72fa9bec
 def _list_cfg(args):

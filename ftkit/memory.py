@@ -162,6 +162,13 @@ def _ends(model, s):
     more = 0 if s.lora else _size(s.weights) + _inner(s)
     return mask, s.tokens*(4 + (4 + more)*model.config.hidden_size)
 
+# %% ../nbs/67_memory.ipynb #9901920b
+def _before(model, s, parts):
+    "The moment at which the adapters start from whole weights, if there is one."
+    if s.bits != 4 or s.lora.start == "default": return {}
+    weights = _size(s.weights)*sum(p.numel() for p in model.parameters())
+    return {"start": {**parts, "weights": weights, "scales": 0, "optimizer": 0}}
+
 # %% ../nbs/67_memory.ipynb #dcced3d9
 def moments(model,          # On the device "meta", without LoRA layers
             s:MemorySetting
@@ -178,7 +185,7 @@ def moments(model,          # On the device "meta", without LoRA layers
     def now(gradients, copies=0, activations=0, layer=0, logits=0):
         return {**stay, "gradients": gradients, "16-bit copies": copies,
                 "activations": activations, "one layer": layer, "logits": logits}
-    return {
+    return {**_before(model, s, now(0)),
         "forward": now(grads["before"], copies["all"], saved + last, 0, forward),
         "loss": now(grads["before"], held + copies["head"], saved + last, 0, loss),
         "top layer": now(grads["top"], held or copies["layer"], saved, again),
@@ -234,6 +241,7 @@ def check_setting(s:MemorySetting)->MemorySetting:
     for name,known in dict(optimizer=OPTIMIZERS, attn=("sdpa", "eager", "flash_attention_2"),
                            precision=DTYPES, weights=DTYPES).items():
         if getattr(s, name) not in known: raise unknown_name(name, getattr(s, name), known)
+    if s.lora: s.lora.check()
     if s.bits not in (None, 4, 8): raise FtkitError(f"expected 4 or 8, found {s.bits}", "bits")
     if s.bits and not s.lora:
         raise FtkitError("quantized weights cannot be trained", where=f"bits={s.bits}",

@@ -286,7 +286,7 @@ def train(what,            # Name, file or `Recipe`
     if seed is not None: options["train.seed"] = seed
     r = _checked(load_recipe(what).set(**options))
     _check_method(r)
-    work_dir = _agree(lambda: _work_dir(r, what, work_dir, resume))
+    work_dir = _agree(lambda: _work_dir(r, what, work_dir, resume), r.model.device)
     tokenizer = ft.load_tokenizer(r.model.path)
     if r.lora: ft.token_ids(tokenizer, r.lora.tokens) # before any text is encoded
     data = ft.load_data(r.data, tokenizer)
@@ -311,12 +311,13 @@ def _collate(r, tokenizer, device):
     return partial(ft.collate, pad_id=tokenizer.pad_token_id or 0, mask=None,
                    pad_to=(r.train.batch_size, r.data.max_length) if same else None)
 
-def _agree(choose):
+def _agree(choose, device="auto"):
     "What `choose()` returns in the main process, in all processes."
     if os.environ.get("WORLD_SIZE", "1") == "1": return choose()
     from accelerate import PartialState
     from accelerate.utils import broadcast_object_list
-    found = [choose() if PartialState().is_main_process else None]
+    state = PartialState(cpu=ft.pick_device(device).type == "cpu") # the trainer finds it so
+    found = [choose() if state.is_main_process else None]
     return broadcast_object_list(found)[0]
 
 # %% ../nbs/81_recipes.ipynb #e2bea17a

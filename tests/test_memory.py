@@ -244,6 +244,7 @@ def test_gpu_sizes(text, n): assert gpu_bytes(text) == n
 @pytest.mark.parametrize("changes,words", [
     (dict(optimizer="sgd"), "optimizer"), (dict(attn="flash"), "attn"), (dict(bits=3), "4 or 8"),
     (dict(batch_size=0), "at least 1"), (dict(learned=2.), "between 0 and 1"),
+    (dict(start="pisa"), "unknown start"), (dict(r=0), "rank"),
     (dict(precision="fp8"), "precision"), (dict(lenght=3), "length"), (dict(length="x"), "expected int")])
 def test_settings_that_make_no_sense(changes, words):
     with pytest.raises(FtkitError, match=words): predict_memory("nano", "lora", **changes)
@@ -301,3 +302,12 @@ def test_the_command_explains_errors(args, words, capsys):
     assert main(["memory", *args]) == 1
     out, err = capsys.readouterr()
     assert words in err and "Traceback" not in err and out == ""
+
+
+def test_whole_weights_at_the_start_are_counted():
+    "PiSSA and LoftQ read the weights before they become four bits."
+    for start in "pissa", "loftq_iter_2":
+        ledger = predict_memory("llama2_7b", "qlora", start=start, gpu="8GB")
+        assert ledger.worst == "start" and ledger.peak > 2*6.7e9 and not ledger.fits
+    assert "start" not in predict_memory("llama2_7b", "qlora").moments
+    assert "start" not in predict_memory("llama2_7b", "lora", start="pissa").moments

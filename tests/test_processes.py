@@ -49,3 +49,23 @@ def test_only_the_first_process_writes(two):
     assert not list((folder/"whole").glob(".*tmp"))
     state = json.loads((folder/"whole/checkpoint-000006/trainer/state.json").read_text())
     assert len(state["rng"]) == 2 and state["fingerprint"]["processes"] == 2
+
+
+def test_a_recipe_in_two_processes_is_that_in_one(tmp_path):
+    "The same rows in each step, DoRA on four bits and a new token; one folder, written once."
+    options = ["train.max_steps=3", "train.batch_size=1", "data.max_samples=60", "data.eval_path=none",
+               "metric=none", "prompts=", "lora.dropout=0", "lora.dora=true", "lora.tokens=<|hey|>"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1",
+           "PYTHONPATH": os.pathsep.join([str(HERE.parent), os.environ.get("PYTHONPATH", "")])}
+    several = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    said = {}
+    for name, launch, accumulate in (("one", [], 2), ("two", several, 1)):
+        command = [sys.executable, *launch, "-m", "ftkit", "train", "nano_qlora_colors_e1", "--work-dir",
+                   name, "--set", *options, f"train.accumulate={accumulate}"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=env, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr[-3000:]
+        lines = map(json.loads, (tmp_path/name/"log.jsonl").read_text().splitlines())
+        said[name] = [(r["loss"], r["learned"]) for r in lines if r["event"] == "train"]
+        assert done.stderr.count("Talk to it") == 1
+    assert len(said["one"]) == 3
+    for a, b in zip(said["one"], said["two"]): assert a == pytest.approx(b, rel=1e-4)

@@ -67,6 +67,10 @@ def _join(self:Trainer):
                                    device_placement=False, mixed_precision="no")
     self.accelerator.gradient_accumulation_steps = 1 # both are the loop's own affair
     self.rank,self.world = self.accelerator.process_index,self.accelerator.num_processes
+    if self.world > 1 or alone: return
+    raise FtkitError(f"{os.environ['WORLD_SIZE']} processes were started, but each finds itself "
+                     "alone", where="WORLD_SIZE",
+                     fix="Make no Accelerator or PartialState before the Trainer")
 
 @patch
 def _plan(self:Trainer):
