@@ -210,7 +210,8 @@ def _merge(args):
 
 def _pth_to_hf(args):
     r = ft.load_recipe(args.recipe).set(**_changes(args))
-    print(ft.pth_to_hf(args.checkpoint, args.out, r.model.path, r.lora, r.data.template))
+    print(ft.pth_to_hf(args.checkpoint, args.out, r.model.path, r.lora, r.data.template,
+                       args.layout))
 
 # %% ../nbs/82_cli.ipynb #8b115267
 _OUT = option("OUT", "a new folder")
@@ -234,9 +235,11 @@ VERBS |= {
         option("--max-shard-size", "largest file of weights", "5GB"),
         option("--device", "where to compute", "cpu"),
         option("--layout", "native, or original: that of the base's authors", "native")], _merge),
-    "convert pth_to_hf": Verb("Make an adapter folder of a checkpoint of ftkit or XTuner.",
+    "convert pth_to_hf": Verb("Make a model folder of a checkpoint of ftkit or XTuner.",
                               "convert pth_to_hf my_recipe.py epoch_3.pth adapter", [
-        _WHAT, option("CHECKPOINT", "a folder, or a .pth file of XTuner"), _OUT, _SET], _pth_to_hf)}
+        _WHAT, option("CHECKPOINT", "a folder, or a .pth file of XTuner"), _OUT, _SET,
+        option("--layout", "native, or original: that of a fully tuned model's authors",
+               "native")], _pth_to_hf)}
 
 # %% ../nbs/82_cli.ipynb #d95b4bd9
 def _log_dataset(args):

@@ -106,11 +106,13 @@ def pth_to_hf(checkpoint, # A checkpoint of ftkit (folder or work folder), or a 
               out,        # A new or empty folder
               base=None,  # For a .pth file: the base model, like `load_model`
               lora:LoraConfig=None, # For a .pth file: its rank and alpha
-              template:str=None     # For a .pth file: the template of the training, by name
-             )->Path:     # The adapter folder
+              template:str=None,    # For a .pth file: the template of the training, by name
+              layout:str="native"   # For a fully tuned model: "original" for that of its authors
+             )->Path:     # The folder of the adapter or model
     "Make a folder that peft, transformers and ftkit load."
     source,out = Path(checkpoint).expanduser(),_new_target(out)
-    if not source.is_file(): return _copy_model(source, out)
+    if not source.is_file():
+        return _copy_model(source, out) if layout == "native" else _lay_out(source, out, layout)
     if base is None or lora is None:
         raise FtkitError("a .pth file says neither its base nor its alpha", where=source,
                          fix="Give a recipe, or base= and lora=")
@@ -150,6 +152,17 @@ def _fill(layer, pair, name, where):
             raise FtkitError(f"{name}.lora_{part} has the shape {found}; the base and lora.r="
                 f"{layer.r} need {wanted}", where=where, fix="Give base and rank of its training")
         setattr(layer, part, nn.Parameter(pair[part].contiguous()))
+
+def _lay_out(source, out, layout):
+    "Write a fully tuned model in another layout, in the type that it is stored in."
+    folder = local_folder(source)
+    if is_adapter(folder):
+        raise FtkitError("an adapter has no layout but peft's", where=folder,
+                         fix="Merge it: ftkit convert merge BASE ADAPTER OUT --layout original")
+    tokenizer,notes = load_tokenizer(folder),read_notes(folder)
+    model = load_model(folder, stored_dtype(folder), "cpu")
+    return save_model(model, tokenizer, load_template(folder, tokenizer), out, notes.get("base"),
+                      notes.get("system"), layout=layout)
 
 def _copy_model(source, out):
     "Copy the model files of a checkpoint."

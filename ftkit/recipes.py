@@ -49,7 +49,17 @@ def set(self:Recipe, option:str=None, value=None, **changes)->Recipe: # A change
     if self.lora is None and (asked := [k for k in changes if k.startswith("lora.")]):
         raise ft.FtkitError("this recipe trains every weight, so it has no LoRA options",
                             where=f"option {asked[0]}", fix="Take a recipe with _lora_ in its name")
-    return change(self, **changes)
+    return change(self, **_without_rivals(changes))
+
+_RIVALS = dict(warmup_steps=("warmup_ratio", None), warmup_ratio=("warmup_steps", None),
+               min_lr=("min_lr_ratio", 0.), min_lr_ratio=("min_lr", None))
+
+def _without_rivals(changes):
+    "The changes, and with each that says another option in other words the end of that one."
+    said = {k.rpartition(".")[2]: v for k,v in changes.items()}
+    ended = {f"optim.{other}": blank for k,(other,blank) in _RIVALS.items()
+             if str(said.get(k)).lower() != "none" and other not in said}
+    return {**changes, **ended}
 
 # %% ../nbs/81_recipes.ipynb #74f46b9e
 @patch

@@ -827,3 +827,26 @@ def test_loading_takes_the_memory_of_the_model(tmp_path):
     run = subprocess.run([sys.executable, "-c", MEMORY, tmp_path], capture_output=True, text=True)
     size,peak = map(float, run.stdout.split())
     assert size > 250 and peak < size + 64
+
+
+def test_a_fully_tuned_checkpoint_goes_back_to_the_layout_of_its_authors(tmp_path):
+    from ftkit.convert import pth_to_hf
+    from ftkit.data.families import template
+    tokenizer = load_tokenizer("nano")
+    make(tmp_path/"base", {**INTERNLM2, "vocab_size": len(tokenizer)})
+    tokenizer.save_pretrained(tmp_path/"base")
+    model = load(tmp_path/"base")
+    with torch.no_grad():
+        for p in model.parameters(): p.mul_(1.01)
+    made = template("internlm2_chat", tokenizer)
+    save_model(model, tokenizer, made, tmp_path/"run/checkpoint-000003", system="Be brief.")
+    out = pth_to_hf(tmp_path/"run", tmp_path/"out", layout="original")
+    raw = json.loads((out/"config.json").read_text())
+    assert raw["architectures"] == INTERNLM2["architectures"]
+    assert tensors(out).keys() == tensors(tmp_path/"base").keys()
+    ids = torch.randint(96, (2, 12))
+    assert_close(logits(load(out), ids), logits(model, ids), atol=0, rtol=0)
+    assert load_tokenizer(out).chat_template == made.jinja
+    with pytest.raises(FtkitError, match="did not come in a layout of its own"):
+        pth_to_hf("nano", tmp_path/"no", layout="original")
+    assert not (tmp_path/"no").exists()

@@ -188,3 +188,13 @@ def test_ids_of_tokens_that_cannot_be(token):
     with pytest.raises(ftkit.FtkitError, match=f"there is no token {token}"):
         ftkit.add_lora(model, ftkit.LoraConfig(tokens=(token,)), tokenizer)
     assert model.get_input_embeddings().weight.shape[0] == rows
+
+
+@pytest.mark.parametrize("said, ended", [
+    (dict(warmup_steps=100), dict(warmup_ratio=None)), ({"optim.warmup_steps": "100"}, dict(warmup_ratio=None)),
+    (dict(min_lr="1e-6"), dict(min_lr_ratio=0.)), (dict(warmup_ratio=0.2), dict(warmup_steps=None))])
+def test_who_names_one_of_two_words_for_a_thing_means_it(said, ended):
+    tutorial = ftkit.recipe("nano_lora_colors_e4").set(**said)
+    assert tutorial.optim.check() and {k: getattr(tutorial.optim, k) for k in ended} == ended
+    with pytest.raises(ftkit.FtkitError, match="warmup"):
+        ftkit.recipe("nano_lora_colors_e4").set(warmup_steps=3, warmup_ratio=0.1).optim.check()
