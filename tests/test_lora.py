@@ -6,24 +6,16 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
-from transformers import (AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig,
-                          LlamaForCausalLM)
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 from ftkit.core import FtkitError
 from ftkit.lora.inject import (LoraConfig, add_lora, count_parameters, find_targets,
                                lora_disabled, lora_layers, merge_lora, unload_lora, unmerge_lora)
 from ftkit.lora.io import (SETTINGS, WEIGHTS, adapter_config, adapter_state, load_adapter,
                            save_adapter)
+from toys import IDS, SIZES, tiny_llama as toy
 
 peft = pytest.importorskip("peft")
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
-SIZES = dict(vocab_size=128, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
-             num_attention_heads=4, num_key_value_heads=2)
-IDS = torch.randint(0, 128, (2, 9), generator=torch.Generator().manual_seed(0))
-
-
-def toy(dtype=torch.float32, **kwargs):
-    torch.manual_seed(0)
-    return LlamaForCausalLM(LlamaConfig(**SIZES | kwargs)).to(dtype).eval()
 
 
 def stir(model, std=0.1):

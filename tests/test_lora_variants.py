@@ -7,9 +7,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.testing import assert_close
-from transformers import (AutoConfig, AutoModelForCausalLM, DeepseekV2Config, LlamaConfig,
-                          LlamaForCausalLM, MixtralConfig, MixtralForCausalLM, Qwen2MoeConfig,
-                          Qwen3MoeConfig)
+from transformers import (AutoConfig, AutoModelForCausalLM, DeepseekV2Config, MixtralConfig,
+                          MixtralForCausalLM, Qwen2MoeConfig, Qwen3MoeConfig)
 from ftkit.core import FtkitError
 from ftkit.lora.dora import DoraLinear
 from ftkit.lora.experts import LoraExperts
@@ -19,17 +18,10 @@ from ftkit.lora.layers import LoraLinear
 from ftkit.lora.starts import start_loftq
 from ftkit.quant.linear import QExperts, QLinear, quantize_model
 from ftkit.lora.io import SETTINGS, WEIGHTS, adapter_config, load_adapter, save_adapter
+from toys import IDS, SIZES, tiny_llama as toy
 
 peft = pytest.importorskip("peft")
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
-SIZES = dict(vocab_size=128, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
-             num_attention_heads=4, num_key_value_heads=2)
-IDS = torch.randint(0, 128, (2, 9), generator=torch.Generator().manual_seed(0))
-
-
-def toy(dtype=torch.float32, **kwargs):
-    torch.manual_seed(0)
-    return LlamaForCausalLM(LlamaConfig(**SIZES | kwargs)).to(dtype).eval()
 
 
 def family(kind, **kwargs): return AutoConfig.for_model(kind, **SIZES | kwargs)

@@ -1,8 +1,9 @@
-"Toy tokenizers that have the special tokens of a family."
+"Toy tokenizers that have the special tokens of a family, and a tiny model."
 import re
+import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from tokenizers.processors import TemplateProcessing
-from transformers import PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from ftkit.data.families import template, template_names
 
 FAMILIES = [n for n in template_names() if n not in ("tokenizer", "text")]
@@ -45,3 +46,14 @@ def family_toy(name, **kwargs):
     "A tokenizer for the family of that name."
     t = template(name)
     return toy(special_tokens(name), bos=t.bos or "<s>", eos=t.eos or "</s>", **kwargs)
+
+
+SIZES = dict(vocab_size=128, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
+             num_attention_heads=4, num_key_value_heads=2)
+IDS = torch.randint(0, 128, (2, 9), generator=torch.Generator().manual_seed(0))
+
+
+def tiny_llama(dtype=torch.float32, **kwargs):
+    "The same random Llama each time, in eval mode."
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(**SIZES | kwargs)).to(dtype).eval()
