@@ -32,9 +32,9 @@ def _rotate_formula(x, cos, sin, pairs, interleaved, back):
     repeats = len(x)//len(cos)
     c,s = (t[:, None, :pairs].to(kind).repeat(repeats, 1, 1) for t in (cos, sin))
     if back: s = -s
-    first,second = a.to(kind),b.to(kind)
-    a.copy_(first*c - second*s)
-    b.copy_(second*c + first*s)
+    first,second = a.to(kind)*c - b.to(kind)*s,b.to(kind)*c + a.to(kind)*s
+    a.copy_(first)
+    b.copy_(second)
 
 # %% ../../nbs/51_kernels.rope.ipynb #4ed208c4
 @jit(do_not_specialize=["positions"])
