@@ -34,6 +34,14 @@ class Rows:
         self.longest,self.total = (longest, total) if packed else (seq, batch*seq)
         self._bounds = {}
 
+    def borders(self, device)->Tensor:
+        "cu_seqlens as int32 on a device, brought there once."
+        key = "cu",torch.device(device)
+        if key not in self._bounds:
+            cu = self.cu_seqlens if self.packed else torch.arange(self.batch + 1)*self.seq
+            self._bounds[key] = cu.to(device=device, dtype=torch.int32, non_blocking=True)
+        return self._bounds[key]
+
     def __repr__(self):
         if not self.packed: return f"Rows({self.batch} × {self.seq})"
         return f"Rows({len(self.cu_seqlens) - 1} samples, longest {self.longest}, {self.total} in all)"
@@ -44,7 +52,7 @@ def _bounds(rows, device):
     if not rows.packed:
         first = at//rows.seq*rows.seq
         return first,first + rows.seq
-    cu = rows.cu_seqlens.to(device=device, dtype=torch.int32, non_blocking=True)
+    cu = rows.borders(device)
     sample = torch.searchsorted(cu, at, right=True).clamp_(1, len(cu) - 1)
     return cu[sample - 1],cu[sample]
 
