@@ -71,8 +71,8 @@ def _halves(gate_up, act, up_first):
     return (up, gate) if up_first else (gate, up)
 
 def _like(t, shape, name):
-    if t.shape != shape: raise ValueError(f"{name}: expected {tuple(shape)}, found {tuple(t.shape)}")
-    return row_stride(t)
+    if t.shape == shape: return row_stride(t)
+    raise ValueError(f"{name}: expected {tuple(shape)}, found {tuple(t.shape)}")
 
 def _blocks(width):
     "Numbers of a program, and warps."
