@@ -23,7 +23,7 @@ def score_formula(logits:Tensor,       # What the head says, [rows, vocab]; any 
                   counts:Tensor=None,  # How much each row counts, [rows]; None for once
                   scale:float=1.,      # Factor of the logits
                   softcap:float=None,  # c of c·tanh(z/c), after the factor
-                 )->tuple:             # Losses; right first guesses (both counted), [rows]; gradient
+                 )->tuple:             # Losses, right first guesses (counted), [rows]; gradient
     "Cross entropy of each row, and its gradient with respect to the logits, in float32."
     z = logits.float()*scale
     if softcap: z = softcap*(z/softcap).tanh()
@@ -209,7 +209,7 @@ def _check(hidden, weight, targets, bias, counts):
     raise ValueError(f"targets go from {low} to {high}, but the head has {vocab} tokens")
 
 # %% ../../nbs/53_kernels.loss.ipynb #19e8a6ea
-def linear_cross_entropy(hidden:Tensor,      # What the head reads at places to learn from, [rows, dim]
+def linear_cross_entropy(hidden:Tensor,      # What the head reads, rows to learn only, [rows, dim]
                          weight:Tensor,      # Of the head, [vocab, dim], frozen or not
                          targets:Tensor,     # Tokens wanted, or `IGNORE`, int64, [rows]
                          bias:Tensor=None,   # Of the head, [vocab]
