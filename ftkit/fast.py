@@ -57,8 +57,6 @@ def _activation(mlp):
 
 def _linears(part, names): return [getattr(part, n, None) for n in names]
 
-def _has_dropout(modules): return any(getattr(getattr(m, "dropout", None), "p", 0) for m in modules)
-
 def _norm(module, family):
     eps = getattr(module, "variance_epsilon", None)
     return Norm(module, module.eps if eps is None else eps, family.plus)
@@ -71,8 +69,7 @@ def _first_half(block, family):
     return AttentionHalf(
         _norm(block.input_layernorm, family), Projection(qkv), Projection([a.o_proj]),
         config.num_attention_heads, config.num_key_value_heads, a.head_dim, a.scaling, window,
-        family.interleaved, getattr(block, "residual_multiplier", 1.),
-        _has_dropout([*qkv, a.o_proj]))
+        family.interleaved, getattr(block, "residual_multiplier", 1.))
 
 def _window(config, i):
     "The window of layer `i`, where only the configuration tells."
@@ -86,8 +83,7 @@ def _second_half(block, family):
     up,down = _linears(mlp, family.gate_up),getattr(mlp, "down_proj", None)
     if _mlp_unknown(mlp, family): return None
     return MlpHalf(_norm(block.post_attention_layernorm, family), Projection(up),
-                   Projection([down]), _activation(mlp), getattr(block, "residual_multiplier", 1.),
-                   _has_dropout([*up, down]))
+                   Projection([down]), _activation(mlp), getattr(block, "residual_multiplier", 1.))
 
 def _mlp_unknown(mlp, family):
     kept = set(mlp._modules) - {"act_fn", "activation_fn"}
@@ -263,7 +259,7 @@ def run(self:Fast, *args, **kw):
     if rows is None: return ordinary(*args, **kw)
     hosted = any(p.saving.host for p in self.parts)
     if hosted and self.away is None: self.away = Away(x.device)
-    self.call = Call(rows, self.dtype, training=self.inner.training, away=self.away)
+    self.call = Call(rows, self.dtype, away=self.away)
     done = x.new_zeros(1, 1, 1, 1, dtype=torch.bool) # four dimensions: no mask is made of it
     kw = {k: v for k,v in kw.items() if not k.startswith(("cu_seq_lens", "max_length"))}
     try: return ordinary(**{**kw, "attention_mask": done, "use_cache": False})

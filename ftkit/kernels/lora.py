@@ -228,7 +228,8 @@ def project_backward(self:Projection,
                      out:Tensor=None,  # Where the gradient of `x` goes, [T, K]
                      add:Tensor=None,  # Added to it, [T, K]; may be `out`
                      seed:int=None,    # The same as for `project`
-                     need_x:bool=True  # Whether the gradient of `x` is wanted
+                     need_x:bool=True, # Whether the gradient of `x` is wanted
+                     between=None      # Called when it is there, before `x` itself is read
                     )->tuple:          # Gradient of `x`, or None; those of `trainable`
     "Gradients of the inputs and of all that learns."
     (wide,dy),(_,x) = self._split(dy, self.N),self._split(x, self.K)
@@ -237,6 +238,7 @@ def project_backward(self:Projection,
     if xa is not None:
         dxa = torch.mm(dy, sB, out=None if wide is None else wide[:,self.N:])
     if need_x: out = self._to_input(dy, wide, dxa, A, weights, out, add, seed)
+    if between: between()
     return out if need_x else None,self._grads(dy, x, xa, dxa, seed)
 
 @patch
