@@ -134,12 +134,8 @@ def attention_gradient(self:AttentionHalf, d_out, call, kept):
     out,saved = kept.attended
     wide = room(self.qkv, *kept.qkv.shape, kept.qkv)
     d_qkv = wide[:,:kept.qkv.shape[1]]
-    views = tuple(self.split(d_qkv))
-    found = attend_backward(d_out.view_as(out), *self.split(kept.qkv), out, saved, call.rows,
-                            scale=self.scale, backend=call.backend, window=self.window,
-                            **dict(zip(("dq", "dk", "dv"), views)))
-    for view,d in zip(views, found):
-        if d.data_ptr() != view.data_ptr(): view.copy_(d)
+    attend_backward(d_out.view_as(out), *self.split(kept.qkv), out, saved, call.rows, self.scale,
+                    call.backend, *self.split(d_qkv), window=self.window)
     self.rotate(d_qkv, call, back=True)
     return wide
 
