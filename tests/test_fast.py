@@ -44,7 +44,14 @@ def said(monkeypatch):
 
 def tiny(family, **kwargs):
     "A random model of a family, with norms and biases that are not trivial."
-    more = dict(Gemma=dict(head_dim=16), Glm=dict(head_dim=16), Mistral=dict(sliding_window=4),
+    small = dict(head_dim=16)
+    more = dict(Gemma=small, Glm=small, Glm4=small | dict(eos_token_id=2), Qwen3=small,
+                Gemma2=small | dict(sliding_window=4, query_pre_attn_scalar=8,
+                                    attn_logit_softcapping=2.),
+                Gemma3Text=small | dict(sliding_window=4, sliding_window_pattern=2,
+                                        query_pre_attn_scalar=8),
+                Qwen3Moe=small | dict(num_experts=4, moe_intermediate_size=32,
+                                      num_experts_per_tok=2), Mistral=dict(sliding_window=4),
                 Granite=dict(residual_multiplier=.3, embedding_multiplier=3.,
                              attention_multiplier=.2, logits_scaling=2.),
                 Mixtral=dict(num_local_experts=4), Phi3=dict(eos_token_id=2, bos_token_id=1),
@@ -52,9 +59,10 @@ def tiny(family, **kwargs):
                               shared_expert_intermediate_size=32)).get(family, {})
     torch.manual_seed(0)
     config = getattr(transformers, f"{family}Config")(**SIZES | dict(pad_token_id=0) | more | kwargs)
-    model = getattr(transformers, f"{family}ForCausalLM")(config)
+    name = "Gemma3" if family == "Gemma3Text" else family
+    model = getattr(transformers, f"{name}ForCausalLM")(config)
     for name, p in model.named_parameters():
-        if "norm" in name: nn.init.normal_(p, mean=0 if family == "Gemma" else 1, std=.2)
+        if "norm" in name: nn.init.normal_(p, mean=not family.startswith("Gemma"), std=.2)
         if name.endswith("bias"): nn.init.normal_(p, std=.2)
     return model
 
@@ -101,17 +109,19 @@ def compare(model, layers_run, plans=PLANS, tolerance=1e-5, **kwargs):
 
 
 @pytest.mark.parametrize("family", ["Llama", "Mistral", "Qwen2", "Gemma", "Phi3", "Granite", "Glm",
-                                    "Mixtral", "Qwen2Moe"])
+                                    "Glm4", "Qwen3", "Gemma2", "Gemma3Text", "Mixtral", "Qwen2Moe",
+                                    "Qwen3Moe"])
 def test_all_weights_of_every_family(family, layers_run):
     compare(tiny(family), layers_run)
 
 
-@pytest.mark.parametrize("family", ["Llama", "Qwen2", "Gemma", "Phi3", "Granite", "Glm"])
+@pytest.mark.parametrize("family", ["Llama", "Qwen2", "Gemma", "Phi3", "Granite", "Glm",
+                                    "Glm4", "Qwen3", "Gemma2"])
 def test_lora_of_every_family(family, layers_run):
     compare(with_lora(tiny(family)), layers_run, ("none", "most"))
 
 
-@pytest.mark.parametrize("how", [dict(targets=["q_proj", "down_proj"]), dict(rslora=True, r=3),
+@pytest.mark.parametrize("how", [dict(targets=["q_proj", "down_proj"]), dict(rslora=True, r=3, alpha=4),
                                  dict(modules_to_save=("lm_head",)), dict(tokens=(3, 5))])
 def test_kinds_of_lora(how, layers_run):
     compare(with_lora(tiny_llama(), **how), layers_run, ("none", "much"))
@@ -162,14 +172,18 @@ def test_dropout_gradient_is_right():
     "The loss moves along the gradient of A as a first derivative should, with a fixed mask."
     model = with_lora(tiny_llama().double(), dropout=.5, dtype="base").train()
     speed_up(model, "most")
-    def loss(): torch.manual_seed(4); return step(model)
-    _, grads = loss()
+    def loss():
+        torch.manual_seed(4)
+        logits = model(input_ids=IDS).logits[:, :-1].flatten(0, 1)
+        return nn.functional.cross_entropy(logits, IDS[:, 1:].flatten())
+    loss().backward()
+    grads = {n: p.grad for n, p in model.named_parameters()}
     name = "model.layers.0.mlp.down_proj.A"
     p, g = dict(model.named_parameters())[name], grads[name]
     ends = []
     for sign in (1, -1):
         with torch.no_grad(): p.add_(g*sign*1e-5/g.norm())
-        ends.append(loss()[0])
+        ends.append(loss().detach())
         with torch.no_grad(): p.sub_(g*sign*1e-5/g.norm())
     assert_close((ends[0] - ends[1])/2e-5, g.norm(), rtol=1e-3, atol=0)
 
@@ -197,9 +211,10 @@ def test_packed_rows(family, layers_run):
     assert_close(run(), expected, rtol=1e-5, atol=1e-5)
     assert len(layers_run) == 2 and "attention_mask" not in task.inputs(model, batch)
     del batch["cu_seqlens"] # found in the positions
-    assert_close(model(**task.inputs(model, batch)).logits[0, :12],
-                 (slow_down(model), model(**task.inputs(model, batch)).logits)[1][0, :12],
-                 rtol=1e-4, atol=1e-5)
+    inputs = dict(task.inputs(model, batch), use_cache=False)
+    found = model(**inputs).logits
+    slow_down(model)
+    assert_close(found, model(**inputs).logits, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("real", [[[1]*9, [1]*6 + [0]*3], [[1]*9, [0]*4 + [1]*5],
@@ -349,9 +364,6 @@ def test_bfloat16(dtype, layers_run):
     for level in ("none", "most"):
         set_saving(model, level)
         assert far(run()) < max(1.5*ordinary, .01)
-    assert model.model.layers[0](torch.ones(1, 2, 64, dtype=dtype),
-                                 position_embeddings=model.model.rotary_emb(
-        torch.ones(1, 2, 64), torch.arange(2)[None])).dtype == dtype # outside of a call: as it was
 
 
 def test_backward_can_run_once():
