@@ -77,7 +77,8 @@ def test_norm_of_a_sum_in_place(width, kernel):
     weight, dy = fresh(width), fresh(4, width)
     y, dx, _ = exact_norm(x, weight, 0., dy, residual=r, scale=.25)
     expected = r.double() + .25*x.double()
-    with way(kernel): ours, inverse, s = rms_forward(x, weight, 1e-5, residual=r, summed=r, scale=.25)
+    with way(kernel):
+        ours, inverse, s = rms_forward(x, weight, 1e-5, residual=r, summed=r, scale=.25)
     assert s is r
     near(s, expected, torch.float32)
     near(ours, y, torch.float32)
@@ -187,7 +188,8 @@ def exact_turn(x, cos, sin, interleaved=False):
     "[tokens, heads, head_dim] in float64, by complex numbers."
     x, n = x.double(), cos.shape[-1]//2
     part, rest = x[..., :2*n], x[..., 2*n:]
-    pairs = part.unflatten(-1, (n, 2)) if interleaved else part.unflatten(-1, (2, n)).transpose(-1, -2)
+    pairs = part.unflatten(-1, (n, 2) if interleaved else (2, n))
+    if not interleaved: pairs = pairs.transpose(-1, -2)
     turn = torch.complex(cos[:, :n].double(), sin[:, :n].double())
     turned = torch.view_as_complex(pairs.contiguous())*turn.repeat(len(x)//len(cos), 1)[:, None]
     real = torch.view_as_real(turned)
