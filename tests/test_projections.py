@@ -112,15 +112,18 @@ def test_held(mix):
     for n, t in new.items(): assert torch.equal(t, old[n]) and t.is_contiguous()
     new = {n: t + 1 for n, t in new.items()}  # loading goes into the matrix
     nn.ModuleList(modules).load_state_dict(new)
-    assert all(p.holds(part) for part in p.parts)
+    assert torch.equal(p.matrix[p.parts[0].rows, :K], p.parts[0].base.weight)
     compare(p, modules, x, inputs(5, p.N, 2), rtol=1e-4, atol=1e-4)
     p.release()
     assert all(m.is_contiguous() for m in nn.ModuleList(modules).state_dict().values())
     assert not any(b._state_dict_hooks for part in p.parts for b in [part.base])
     compare(p, modules, x, inputs(5, p.N, 2), rtol=1e-4, atol=1e-4)
-    with pytest.raises(FtkitError, match="held in"):
-        p.hold(torch.float32)
-        p.project(x.bfloat16())
+    p.hold(torch.float32)
+    with pytest.raises(FtkitError, match="held in"): p.project(x.bfloat16())
+    p.parts[0].base.weight = nn.Parameter(p.parts[0].base.weight.clone(), False)
+    with pytest.raises(FtkitError, match="replaced"): p.project(x)
+    p.release()
+    compare(p, modules, x, inputs(5, p.N, 2), rtol=1e-4, atol=1e-4)
 
 
 def test_full_weights_are_held_contiguous():
