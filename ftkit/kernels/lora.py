@@ -12,7 +12,7 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
 from ..core import FtkitError
-from .edges import SCRATCH, Moves, Scratch, dropped, unpack
+from .edges import SCRATCH, Moves, Scratch, dropped, product, unpack
 from ..lora.layers import LoraLinear
 from ..quant.linear import QLinear
 
@@ -82,6 +82,8 @@ class Projection:
         self.scratch,self.piece = scratch or SCRATCH,piece
         self.trained = [(part, *t) for part in self.parts for t in part.trained()]
         self.trainable = tuple(t for _,_,t in self.trained)
+        self.learns = any(name in ("A", "B") for _,name,_ in self.trained)
+        self.factors = [t for p in self.parts if p.lora for t in (p.lora.A, p.lora.B)]
         self.quantized = all(type(p.base) is QLinear for p in self.parts)
         self.layout = tuple((p.rows.stop, p.ranks.stop) for p in self.parts)
         self.matrix = self.views = self.moves = self.gathers = self.shared = None
@@ -277,35 +279,37 @@ def _to_input(self:Projection, dy, wide, dxa, V, out, add, seed):
     return out
 
 # %% ../../nbs/68_kernels.lora.ipynb #7528b570
-def _product(a, b, dtype):
-    "a·b in `dtype`, rounded once where the device can."
-    if a.is_cuda and dtype == torch.float32 and a.dtype in (torch.float16, torch.bfloat16):
-        return torch.mm(a, b, out_dtype=dtype)
-    return (a @ b).to(dtype)
-
 @patch
 def _grads(self:Projection, dy, x, xa, dxa, seed):
     "Gradients of `trainable`, in its order."
-    A,B = self._factor_grads(dy, x, xa, dxa, seed) if xa is not None else (None, None)
-    grads = []
+    A,B,grads = None,None,[]
+    if self.learns and xa is not None: A,B = self._factor_grads(dy, x, xa, dxa, seed)
+    if self._deferred: A,B = None,None
+    elif B is not None: B = self._blocks(B)
     for p,name,param in self.trained:
         if name == "A": grad = None if A is None else A[p.ranks]
         elif name == "B": grad = None if B is None else next(B)
         elif name == "bias": grad = dy[:,p.rows].sum(0, dtype=torch.float32)
-        else: grad = _product(dy[:,p.rows].T, x, param.dtype)
+        else: grad = product(dy[:,p.rows].T, x, param.dtype)
         grads.append(None if grad is None else grad.to(param.dtype))
     return tuple(grads)
 
 @patch
 def _factor_grads(self:Projection, dy, x, xa, dxa, seed):
-    "Those of all `A`, [R, K], and of each `B`."
-    kind = next(p.lora.A.dtype for p in self.parts if p.lora)
-    B = self._blocks(_product(dy.T, xa, kind))
-    if not self.dropping: return _product(dxa.T, x, kind),B
-    A = dy.new_empty(self.R, self.K, dtype=kind)
-    for i,p in enumerate(self.parts):
-        if p.lora: A[p.ranks] = _product(dxa[:,p.ranks].T, self._thin(x, p, i, seed), kind)
+    "Those of `A`, [R, K], and, without their scales, of `B`, in [N, R]."
+    kind = self.factors[0].dtype
+    A,B,again = self.shared.slots(self) if self._deferred else (None, None, False)
+    B = product(dy.T, xa, kind, B, again)
+    if not self.dropping: A = product(dxa.T, x, kind, A, again)
+    else:
+        if A is None: A = dy.new_zeros(self.R, self.K, dtype=kind)
+        for i,p in enumerate(self.parts):
+            if not p.lora: continue
+            product(dxa[:,p.ranks].T, self._thin(x, p, i, seed), kind, A[p.ranks], again)
     return A,B
+
+@patch(as_prop=True)
+def _deferred(self:Projection): return self.shared is not None and self.shared.defer
 
 @patch
 def _blocks(self:Projection, whole):
