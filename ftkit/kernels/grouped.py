@@ -15,17 +15,20 @@ def _spans(offsets):
     ends = offsets.tolist()
     return [(e, slice(a, b)) for e,(a,b) in enumerate(zip(ends, ends[1:])) if b > a]
 
+def _exact(t): return torch.promote_types(t.dtype, torch.float32)
+
 def _taken(x, rows, mask):
     if rows is not None: x = x[rows.long()]
     return x if mask is None else x*mask.to(x.dtype)
 
 def _matmul_plain(x, w, offsets, rows, extra, out, scale, drop):
-    mask = None if drop is None else drop_mask(*drop, (len(out), w.shape[2 if extra is None else 1]))
-    x = _taken(x, rows, mask if extra is None else None)
+    width = w.shape[2 if extra is None else 1]
+    mask = None if drop is None else drop_mask(*drop, (len(out), width))
+    x,exact = _taken(x, rows, mask if extra is None else None),_exact(x)
     for e,at in _spans(offsets):
-        y = x[at].float() @ w[e].float().T
+        y = x[at].to(exact) @ w[e].to(exact).T
         if extra is not None:
-            more = extra[0][at].float() @ extra[1][e].float().T
+            more = extra[0][at].to(exact) @ extra[1][e].to(exact).T
             y += more if mask is None else more*mask[at]
         out[at] = (y*scale).to(out.dtype)
     return out
@@ -142,9 +145,9 @@ def _precision(t):
     return "tf32" if loose else "ieee"
 
 def _kernels_for(t):
-    "Triton does not multiply bfloat16 on a GPU that has none."
-    old = t.is_cuda and t.dtype == torch.bfloat16 and capability(t) < (8, 0)
-    return use_kernels(t) and not old
+    "The types of the kernels; neither old GPUs nor Triton's interpreter multiply bfloat16."
+    wide = t.dtype in (torch.float32, torch.float16)
+    return use_kernels(t) and (wide or (t.dtype == torch.bfloat16 and capability(t) >= (8, 0)))
 
 # %% ../../nbs/09_kernels.grouped.ipynb #2f63aeae
 def _check(x, w, offsets, rows, extra):
@@ -194,7 +197,7 @@ def grouped_matmul(x:Tensor,        # [M, K], or [any, K] with `rows`; rows cont
 def _outer_plain(a, b, offsets, a_rows, b_rows, out, drop):
     M = len(a if a_rows is None else a_rows)
     mask = None if drop is None else drop_mask(*drop, (M, b.shape[1]))
-    a,b = _taken(a, a_rows, None).float(),_taken(b, b_rows, mask).float()
+    a,b = (t.to(_exact(t)) for t in (_taken(a, a_rows, None), _taken(b, b_rows, mask)))
     out.zero_()
     for e,at in _spans(offsets): out[e] = (a[at].T @ b[at]).to(out.dtype)
     return out
