@@ -37,7 +37,7 @@ def _matmul_plain(x, w, offsets, rows, extra, out, scale, drop):
 @jit
 def _kept(seed, row, column, columns, p):
     "1/(1 - p) where an entry stays, 0 where it is dropped."
-    place = row.to(tl.uint32)[:, None]*columns.to(tl.uint32) + column.to(tl.uint32)[None, :]
+    place = row.to(tl.uint32)[:, None]*columns + column.to(tl.uint32)[None, :]
     return tl.where(tl.rand(seed, place) >= p, 1/(1 - p), 0.0)
 
 @jit
@@ -111,23 +111,23 @@ def _matmul_kernel(x, w, out, offsets, rows, x2, w2, seeds, experts, N, K, R, sx
     e,row,end = _tile(offsets, experts, t, BM, EP)
     if e < experts:
         m,n,k = row + tl.arange(0, BM),tn*BN + tl.arange(0, BN),tl.arange(0, BK)
-        live,e = m < end,e.to(tl.int64)
+        live,at = m < end,e.to(tl.int64)
         acc = tl.zeros([BM, BN], dtype=tl.float32)
         if EXTRA:
-            acc = _extra_product(x2, w2 + e*w2e, m, n, live, s2, w2n, w2k, N, R, BR, PREC, BM, BN)
+            acc = _extra_product(x2, w2 + at*w2e, m, n, live, s2, w2n, w2k, N, R, BR, PREC, BM, BN)
             if DROP: acc *= _kept(tl.load(seeds), m, n, N, p)
         source = tl.load(rows + m, mask=live, other=0) if ROWS else m
         a_at = x + source.to(tl.int64)[:, None]*sx + k[None, :]
-        b_at = w + e*se + n.to(tl.int64)[None, :]*sn + k.to(tl.int64)[:, None]*sk
+        b_at = w + at*se + n.to(tl.int64)[None, :]*sn + k.to(tl.int64)[:, None]*sk
         for k0 in range(0, K, BK):
             a = tl.load(a_at + k0, mask=live[:, None] & (k0 + k < K)[None, :], other=0)
             if DROP and not EXTRA:
                 a = (a*_kept(tl.load(seeds), m, k0 + k, K, p)).to(x.dtype.element_ty)
             b = tl.load(b_at, mask=(n < N)[None, :] & (k0 + k < K)[:, None], other=0)
             acc = tl.dot(a, b, acc, input_precision=PREC)
-            b_at += BK*sk.to(tl.int64)
-        at = out + m.to(tl.int64)[:, None]*so + n[None, :]
-        tl.store(at, (acc*scale).to(out.dtype.element_ty), mask=live[:, None] & (n < N)[None, :])
+            b_at += BK*sk
+        to = out + m.to(tl.int64)[:, None]*so + n[None, :]
+        tl.store(to, (acc*scale).to(out.dtype.element_ty), mask=live[:, None] & (n < N)[None, :])
 
 # %% ../../nbs/09_kernels.grouped.ipynb #9ca40e6f
 def _power(n, low=16, high=1<<30): return max(low, min(high, 1 << max(n - 1, 0).bit_length()))
@@ -141,8 +141,9 @@ def _sizes(t, average, width):
     return dict(BM=BM, BN=BN, BK=deep, num_warps=8 if BM*BN >= 128*128 else 4, num_stages=stages)
 
 def _precision(t):
-    loose = t.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
-    return "tf32" if loose else "ieee"
+    how = getattr(torch.backends.cuda.matmul, "fp32_precision", None) # since torch 2.9
+    if how is None: how = "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    return "tf32" if t.dtype == torch.float32 and how == "tf32" else "ieee"
 
 def _kernels_for(t):
     "The types of the kernels; neither old GPUs nor Triton's interpreter multiply bfloat16."
@@ -173,7 +174,8 @@ def grouped_matmul(x:Tensor,        # [M, K], or [any, K] with `rows`; rows cont
                    extra:tuple=None, # [M, R] and [E, N, R]: a second product to add
                    out:Tensor=None, # [M, N]; rows outside of `offsets` are not written
                    scale:float=1.,  # A factor of all
-                   drop:tuple=None  # Seed and p: dropout on x, with `extra` on what that adds
+                   drop:tuple=None, # Seed and p: dropout on x, with `extra` on what that adds
+                   average:int=None # Rows of an expert, for the size of tiles; M/E
                   )->Tensor:        # [M, N], in the type of x
     "Each row times the weight of its expert; nothing waits for the GPU."
     _check(x, w, offsets, rows, extra)
@@ -182,7 +184,7 @@ def grouped_matmul(x:Tensor,        # [M, K], or [any, K] with `rows`; rows cont
     if not M or not _kernels_for(x):
         return _matmul_plain(x, w, offsets, rows, extra, out, scale, drop) if M else out
     x2,w2 = extra or (x, w)
-    sizes,R = _sizes(x, M//E, N),w2.shape[2]
+    sizes,R = _sizes(x, average or M//E, N),w2.shape[2]
     grid = ((M//sizes["BM"] + min(E, M))*triton.cdiv(N, sizes["BN"]),)
     seed,p = drop or (offsets, 0.)
     with on(x):
