@@ -92,7 +92,7 @@ def _gate_back_plain(dh, gate_up, weights, act):
         h = ACTS[act](g)*u
     dh,held = dh.to(kind),h.detach().to(gate_up.dtype)
     dg,du = torch.autograd.grad(h, (g, u), dh*weights[:, None].to(kind))
-    gate_up.copy_(torch.cat([dg, du], -1))
+    gate_up.data.copy_(torch.cat([dg, du], -1)) # as unseen by autograd as a kernel's work
     return held, (held*dh).sum(-1).to(torch.promote_types(weights.dtype, torch.float32))
 
 # %% ../../nbs/56_kernels.routing.ipynb #a21d5d36
