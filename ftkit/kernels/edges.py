@@ -51,6 +51,7 @@ def _dropout_kernel(x, out, added, width, stride, out_stride, key, threshold, fa
     if ADD: y += tl.load(out + row*out_stride + cols, mask=here, other=0).to(tl.float32)
     tl.store(out + row*out_stride + cols, y.to(out.dtype.element_ty), mask=here)
 
+# %% ../../nbs/67_kernels.edges.ipynb #1f56eeeb
 def dropped(x:Tensor,       # [rows, columns]
             seed:int,       # The same seed drops the same places
             share:float,    # How many of them
@@ -248,6 +249,7 @@ def _make_slots(self:Edges):
     self.whose = [p for p,*_ in learns]
     self.back = Moves(self.srcs, self.dsts, scales)
 
+# %% ../../nbs/67_kernels.edges.ipynb #0c6c8bce
 @patch
 def slots(self:Edges, p)->tuple:
     "Where a projection's products go, for A and B, and whether something is there to add to."

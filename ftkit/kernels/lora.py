@@ -35,6 +35,7 @@ class Part:
         if type(self.base) is not QLinear: own.append(("weight", self.base.weight))
         return [(n, p) for n,p in own if p is not None and p.requires_grad]
 
+# %% ../../nbs/68_kernels.lora.ipynb #58217d73
 def _parts(modules):
     "The parts in order, and how many ranks they have together."
     parts,row,rank = [],0,0
@@ -78,7 +79,8 @@ class Projection:
         self.modules = tuple(modules)
         if (why := why_not(self.modules)): raise FtkitError(f"not one projection: {why}")
         self.parts,ranks = _parts(self.modules)
-        self.N,self.K,self.R = self.parts[-1].rows.stop,modules[0].in_features,-(-ranks//16)*16
+        self.N,self.K,self.R = self.parts[-1].rows.stop,self.modules[0].in_features,-(-ranks//16)*16
+        self.out_features,self.in_features = self.N,self.K
         self.scratch,self.piece = scratch or SCRATCH,piece
         self.trained = [(part, *t) for part in self.parts for t in part.trained()]
         self.trainable = tuple(t for _,_,t in self.trained)
@@ -91,21 +93,19 @@ class Projection:
 
     why_not = staticmethod(why_not)
 
-    @property
-    def out_features(self)->int: return self.N
+# %% ../../nbs/68_kernels.lora.ipynb #aab52c89
+@patch(as_prop=True)
+def enabled(self:Projection)->bool:
+    "Whether LoRA takes part."
+    return self.R > 0 and next(p.lora.enabled for p in self.parts if p.lora)
 
-    @property
-    def in_features(self)->int: return self.K
+@patch(as_prop=True)
+def dropping(self:Projection)->bool:
+    "Whether there is dropout, for which a seed is needed."
+    return any(p.dropout for p in self.parts)
 
-    @property
-    def enabled(self)->bool:
-        "Whether LoRA takes part."
-        return self.R > 0 and next(p.lora.enabled for p in self.parts if p.lora)
-
-    @property
-    def dropping(self)->bool:
-        "Whether there is dropout, for which a seed is needed."
-        return any(p.dropout for p in self.parts)
+@patch(as_prop=True)
+def _deferred(self:Projection): return self.shared is not None and self.shared.defer
 
 # %% ../../nbs/68_kernels.lora.ipynb #5072f74e
 @patch
@@ -144,6 +144,7 @@ def _views(self:Projection, x, fresh):
     if fresh and self.R and not (self.shared and self.views): self.spread(V.A, V.sB)
     return V
 
+# %% ../../nbs/68_kernels.lora.ipynb #57cc6cb6
 @patch
 def _scratched(self:Projection, dtype, device, fresh):
     "Shared memory with the weights in it, and whether the factors have to be written."
@@ -180,6 +181,7 @@ def _factors(self:Projection, x):
     if self.R: self.spread(V.A, V.sB)
     return V
 
+# %% ../../nbs/68_kernels.lora.ipynb #56001b9f
 @patch
 def _pieces(self:Projection, dtype, device):
     "Pairs of rows and their weights, [rows, K]."
@@ -263,6 +265,7 @@ def project_backward(self:Projection,
     if need_x: out = self._to_input(dy, wide, dxa, V, out, add, seed)
     return out if need_x else None,self._grads(dy, x, xa, dxa, seed)
 
+# %% ../../nbs/68_kernels.lora.ipynb #2f79c897
 @patch
 def _to_input(self:Projection, dy, wide, dxa, V, out, add, seed):
     "The gradient of the input."
@@ -294,6 +297,7 @@ def _grads(self:Projection, dy, x, xa, dxa, seed):
         grads.append(None if grad is None else grad.to(param.dtype))
     return tuple(grads)
 
+# %% ../../nbs/68_kernels.lora.ipynb #e9ff8bfe
 @patch
 def _factor_grads(self:Projection, dy, x, xa, dxa, seed):
     "Those of `A`, [R, K], and, without their scales, of `B`, in [N, R]."
@@ -307,9 +311,6 @@ def _factor_grads(self:Projection, dy, x, xa, dxa, seed):
             if not p.lora: continue
             product(dxa[:,p.ranks].T, self._thin(x, p, i, seed), kind, A[p.ranks], again)
     return A,B
-
-@patch(as_prop=True)
-def _deferred(self:Projection): return self.shared is not None and self.shared.defer
 
 @patch
 def _blocks(self:Projection, whole):
@@ -374,6 +375,7 @@ def hold(self:Projection,
     self.places = [_place(p.base) for p in self.parts]
     return True
 
+# %% ../../nbs/68_kernels.lora.ipynb #faef399b
 @patch
 def _move_in(self:Projection, base, view):
     base.weight.data = view
@@ -383,6 +385,7 @@ def _contiguous(module, state_dict, prefix, local_metadata):
     w = state_dict[prefix + "weight"]
     if not w.is_contiguous(): state_dict[prefix + "weight"] = w.contiguous()
 
+# %% ../../nbs/68_kernels.lora.ipynb #3cda15cd
 @patch
 @torch.no_grad()
 def release(self:Projection)->None:
