@@ -82,11 +82,11 @@ class Scratch:
             self.memory[key] = torch.zeros(rows, cols, dtype=dtype, device=device)
         return self.memory[key]
 
-    def took(self, key:tuple, who, what)->bool: # Whether `who` had it last, with the same content
-        "Note who has written what there."
+    def took(self, key:tuple, who, what:list)->bool: # Whether `who` had it last, for these tensors
+        "Note who has written there, and from which tensors."
         old = self.owner.get(key)
-        self.owner[key] = weakref.ref(who),what
-        return old is not None and old[0]() is who and old[1] == what
+        self.owner[key] = weakref.ref(who),list(what)
+        return old is not None and old[0]() is who and all(a is b for a,b in zip(old[1], what))
 
     def forget(self):
         "Give the memory back."

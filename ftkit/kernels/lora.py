@@ -150,8 +150,8 @@ def _scratched(self:Projection, dtype, device, fresh):
     "Shared memory with the weights in it, and whether the factors have to be written."
     key = (self.layout, self.K, dtype, device)
     M = self.scratch.take(key, self.N + self.R, self.K + self.R, dtype, device)
-    places = [_place(p.base) for p in self.parts]
-    there = self.scratch.took(key, self, places) and (self.quantized or not fresh)
+    there = self.scratch.took(key, self, [_held(p.base) for p in self.parts])
+    there = there and (self.quantized or not fresh) # others may be trained
     if not there:
         for p in self.parts: unpack(p.base, 0, p.base.out_features, M[p.rows,:self.K])
     return _Views(M, self.N, self.K), fresh or not there
@@ -163,9 +163,9 @@ def _check_held(self:Projection, dtype):
         if self.matrix.dtype != dtype else "weights were replaced while they were held"
     raise FtkitError(what, where="projection", fix="release() it, and hold() it again")
 
-def _place(base):
-    "Where a layer's weight is."
-    return (base.weight_codes if type(base) is QLinear else base.weight).data_ptr()
+def _held(base): return base.weight_codes if type(base) is QLinear else base.weight
+
+def _place(base): return _held(base).data_ptr()
 
 # %% ../../nbs/68_kernels.lora.ipynb #a9b604b2
 @patch
@@ -365,8 +365,7 @@ def hold(self:Projection,
     frozen = all(type(p.base) is QLinear or not p.base.weight.requires_grad for p in self.parts)
     if len(plain) < len(self.parts) and not (cache and frozen): return False
     if self.R and not frozen: return False # an optimizer wants contiguous weights
-    device = next(self.modules[0].buffers() if type(self.parts[0].base) is QLinear
-                  else self.modules[0].parameters()).device
+    device = _held(self.parts[0].base).device
     M = torch.zeros(self.N + self.R, self.K + self.R, dtype=dtype, device=device)
     for p in self.parts:
         view = unpack(p.base, 0, p.base.out_features, M[p.rows,:self.K])
