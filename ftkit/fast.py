@@ -17,6 +17,7 @@ from .attention import Rows
 from .core import FtkitError, pick_dtype, say
 from .decoder import AttentionHalf, Call, Layer, MlpHalf, Norm
 from .kept import Away, Saving, savings
+from .kernels.edges import Edges
 from .kernels.lora import Projection
 from .kernels.norm import rms_norm
 from .lora.layers import LoraLinear
@@ -117,7 +118,8 @@ def why_not(model:nn.Module # A transformers model
 def _why_not_block(block, family):
     if hasattr(block, "_hf_hook"): return "it is spread over devices"
     parts = {n for n,m in block._modules.items() if not isinstance(m, nn.Dropout)}
-    if parts != {*family.norms, *family.after, "self_attn", "mlp"}: return f"it consists of {', '.join(sorted(parts))}"
+    if parts != {*family.norms, *family.after, "self_attn", "mlp"}:
+        return f"it consists of {', '.join(sorted(parts))}"
     for name,m in block.named_modules():
         if isinstance(m, nn.Dropout) and m.p and not name.endswith(".dropout"):
             return f"{name} drops values at random"
@@ -186,7 +188,8 @@ def _starts(starts, rows, seq):
     "Samples that begin where `starts` [rows, seq] is true, and at each row."
     starts = starts.clone()
     starts[:,0] = True
-    cu = torch.cat([starts.flatten().nonzero()[:,0], starts.new_tensor([rows*seq], dtype=torch.long)])
+    cu = starts.flatten().nonzero()[:,0]
+    cu = torch.cat([cu, cu.new_tensor([rows*seq])])
     longest = int(cu.diff().max())
     if len(cu) == rows + 1: return Rows(rows, seq)
     return Rows(cu_seqlens=cu.to(torch.int32), longest=longest, total=rows*seq)
@@ -228,11 +231,11 @@ COMPUTE = dict(auto=Projection) # Name → class; other names are types to compu
 
 class Fast:
     "The state of a model whose layers are computed by hand."
-    def __init__(self, inner, saving, compute, hold):
+    def __init__(self, inner, saving, compute, hold, defer):
         self.inner,self.saving,self.kind = inner,saving,COMPUTE.get(compute, Projection)
         self.dtype = None if compute in COMPUTE else pick_dtype(compute)
         self.call,self.away,self.parts,self.told = None,None,[],set()
-        self.hold,self.held = hold,None
+        self.hold,self.held,self.defer,self.edges = hold,None,defer,None
         self.build()
 
     def build(self):
@@ -256,17 +259,20 @@ class Fast:
 def take_hold(self:Fast, dtype):
     "Let the frozen projections hold their weights in one matrix of this type."
     if self.held == dtype or not self.hold: return
+    if self.edges: self.edges.close()
     for p in (p for part in self.parts for p in part.projections):
         if any(name == "weight" for q in p.parts for name,_ in q.trained()): continue
         p.release()
         p.hold(dtype)
     self.held,self.watch = dtype,Watch(self.inner.layers)
+    self.edges = Edges([p for part in self.parts for p in part.projections], self.defer)
 
 @patch
 def let_go(self:Fast):
     "Give all modules their own memory back."
+    if self.edges: self.edges.close()
     for p in (p for part in self.parts for p in part.projections): p.release()
-    self.parts,self.held = [],None
+    self.parts,self.held,self.edges = [],None,None
 
 # %% ../nbs/73_fast.ipynb #fd16d16f
 KNOWN_ATTENTION = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
@@ -318,7 +324,9 @@ def layer(self:Fast, i, block, x, position_embeddings=None, **kw):
     "What layer `i` makes of `x`, [batch, seq, D]."
     call = self.call
     if call.dtype is None: call.dtype = _autocast_type(x) or x.dtype
-    if i == 0: self.take_hold(call.dtype)
+    if i == 0:
+        self.take_hold(call.dtype)
+        if self.edges: self.edges.spread()
     part = self.parts[i]
     if position_embeddings is not None and call.source is not position_embeddings:
         cos,sin = (t.reshape(-1, t.shape[-1]) for t in position_embeddings)
@@ -355,7 +363,8 @@ def _norm_forward(self, x):
 def speed_up(model:nn.Module, # A transformers model; its layers are trained by hand from now on
              saving=None,     # Level, `Saving` or one for each layer; None: as checkpointing is set
              compute="auto",  # Type to compute in; auto: autocast's, else that of the embeddings
-             hold=None        # Move frozen weights into one matrix a projection; None: on a GPU
+             hold=None,       # Move frozen weights into one matrix a projection; None: on a GPU
+             defer=False      # Write LoRA's gradients at once at the end, past autograd's hooks
             )->bool:          # Whether it is fast now
     "Train the model's layers by hand, if the table knows how; otherwise say why not."
     slow_down(model)
@@ -366,7 +375,7 @@ def speed_up(model:nn.Module, # A transformers model; its layers are trained by 
     again = any(getattr(b, "gradient_checkpointing", False) for b in inner.layers)
     if saving is None and again: saving = "most"
     if hold is None: hold = inner.layers[0].input_layernorm.weight.is_cuda
-    fast = Fast(inner, saving, compute, hold)
+    fast = Fast(inner, saving, compute, hold, defer)
     inner.__dict__["_fast"] = fast
     inner.forward = MethodType(_inner_forward, inner)
     for block in inner.layers: block.forward = MethodType(_layer_forward, block)

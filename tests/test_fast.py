@@ -133,11 +133,18 @@ def test_four_bits(bias, layers_run):
     compare(with_lora(quantize_model(model)), layers_run)
 
 
-def test_weights_in_one_matrix(layers_run):
+@pytest.mark.parametrize("defer", [False, True])
+def test_weights_in_one_matrix(defer, layers_run):
     model = with_lora(tiny_llama()).train()
     before = {k: v.clone() for k, v in model.state_dict().items()}
     expected = step(model)
-    speed_up(model, hold=True)
+    speed_up(model, hold=True, defer=defer)
+    for plan in PLANS[1:]: # and gradients that add up
+        set_saving(model, plan)
+        step(model)
+        model(input_ids=IDS, labels=IDS).loss.backward()
+        near((expected[0], {n: p.grad/2 for n, p in model.named_parameters()
+                            if p.grad is not None}), expected)
     near(step(model), expected)
     held = model.model.layers[0].mlp.up_proj.base.weight
     assert not held.is_contiguous()
