@@ -12,9 +12,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import ftkit.experts as experts_module
 from ftkit.experts import (FastExperts, experts_forward, slow_down_experts, speed_up_experts,
                            why_not_experts)
+from ftkit.kernels.glu import glu_forward
 from ftkit.kernels.grouped import GroupedLinear, drop_mask, grouped_matmul, grouped_outer, new_seed
 from ftkit.kernels.launch import interpreted
-from ftkit.kernels.routing import combine, gate, gate_backward, route
+from ftkit.kernels.routing import combine, gate_backward, route
 from ftkit.lora.experts import LoraExperts
 from ftkit.lora.inject import LoraConfig, add_lora, merge_lora, lora_disabled, unload_lora
 from ftkit.quant.linear import QExperts, quantize_model
@@ -22,6 +23,7 @@ from toys import IDS, SIZES
 
 dev = "cuda" if torch.cuda.is_available() else "cpu"
 kernels = lambda: nullcontext() if dev == "cuda" else interpreted()
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 gen = lambda seed=0: torch.Generator().manual_seed(seed)
 TYPES = [torch.float32, torch.float16, torch.bfloat16] # in bfloat16 without a GPU: the formula
 TOL = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
@@ -136,7 +138,7 @@ def test_dropout_share_and_scale():
     lambda x, w, o: grouped_matmul(x, w, o, rows=torch.arange(4)),
     lambda x, w, o: grouped_matmul(x, w, o, extra=(x[:2, :1], w[:, :, :1])),
     lambda x, w, o: grouped_outer(x, x[:2], o), lambda x, w, o: route(torch.zeros(3).long(), 4),
-    lambda x, w, o: gate(x, "relu")])
+    lambda x, w, o: gate_backward(x[:, :3], x, x[:, :1], route(x[:, :1].long()*0, 1), "relu")])
 def test_refusals(bad):
     with pytest.raises(ValueError): bad(rand(4, 6), rand(2, 5, 6), split([1, 3]))
 
@@ -170,7 +172,7 @@ def test_gate(act, dtype, width):
                gelu_tanh=lambda t: nn.functional.gelu(t, approximate="tanh"))[act](a)*u
     (h64*dh.double()*p64.flatten()[to.order][:, None]).sum().backward()
     with kernels():
-        first = gate(x, act)
+        first = glu_forward(x, act)
         none, _ = gate_backward(dh, x.clone(), p, to, act, keep=False)
         h, dp = gate_backward(dh, x, p, to, act)
     assert none is None

@@ -187,7 +187,8 @@ def grouped_matmul(x:Tensor,        # [M, K], or [any, K] with `rows`; rows cont
     if not M or not _kernels_for(x):
         return _matmul_plain(x, w, offsets, rows, extra, out, scale, drop) if M else out
     x2,w2 = extra or (x, w)
-    sizes,R = _sizes(x, average or M//E, N),w2.shape[2]
+    width = min(N, 128) if drop else N # a mask takes registers
+    sizes,R = _sizes(x, average or M//E, width),w2.shape[2]
     grid = ((M//sizes["BM"] + min(E, M))*triton.cdiv(N, sizes["BN"]),)
     seed,p = drop or (offsets, 0.)
     with on(x):
