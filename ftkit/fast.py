@@ -10,11 +10,12 @@ __all__ = ['FUSED', 'QK', 'GEMMA', 'FAMILIES', 'COMPUTE', 'KNOWN_ATTENTION', 'Fa
 from dataclasses import dataclass, replace
 from types import MethodType
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from fastcore.basics import patch
 from torch.utils.checkpoint import checkpoint
 from .attention import Rows
-from .core import FtkitError, pick_dtype, say
+from .core import pick_dtype, say
 from .experts import activation_name, slow_down_experts, speed_up_experts
 from .decoder import AttentionHalf, Call, Layer, MlpHalf, Norm
 from .kept import Away, Saving, Watch, savings
@@ -185,17 +186,16 @@ def _starts(starts, rows, seq):
 def _masked(mask, rows, seq):
     "Of a mask, [rows, seq], that is 0 at padding; None if it has holes."
     if mask.shape != (rows, seq): return None
-    real = mask != 0
-    begins = real[:,1:] & ~real[:,:-1]
-    at_start = real[:,:1].long()
-    if bool((begins.sum(1, keepdim=True) + at_start > 1).any()): return None
-    if not bool(begins.any()): return Rows(rows, seq)
-    return _starts(torch.nn.functional.pad(real[:,1:] != real[:,:-1], (1, 0)), rows, seq)
+    real = F.pad(mask != 0, (1, 0))
+    begins = real[:,1:] & ~real[:,:-1] # of what is real
+    if bool((begins.sum(1) > 1).any()): return None
+    if not bool(begins[:,1:].any()): return Rows(rows, seq)
+    return _starts(real[:,1:] != real[:,:-1], rows, seq)
 
 def _positioned(positions, rows, seq):
     "Of positions, [rows or 1, seq], that count on within a sample."
     if positions.ndim != 2 or positions.shape[1] != seq: return None
-    new = torch.nn.functional.pad(positions.diff(dim=1) != 1, (1, 0))
+    new = F.pad(positions.diff(dim=1) != 1, (1, 0))
     return _starts(new.expand(rows, seq), rows, seq)
 
 # %% ../nbs/73_fast.ipynb #70125538
