@@ -203,15 +203,15 @@ compiled(_rows_kernel, rows, 16, 89, FACTORS=True, BLOCK=16384)
 compiled(_wide_rows_kernel, rows, FACTORS=False, BLOCK=4096)
 compiled(_turn_kernel, "codes:*u8 out:*u8 rows:i32 columns:i32 stride:i32 out_stride:i32", SIDE=128)
 compiled(_turned_kernel, "codes:*i32 absmax:*u8 nested:*fp32 offset:*fp32 values:*fp32 "
-         "table:*fp32 factors:*fp32 out:*fp8e4nv rows:i32 stride:i32 first:i32", COLUMNS=4096, BLOCK=64,
-         HIGH=128, WORDS=8, DOUBLE=True, SHUFFLE=True)
+         "table:*fp32 factors:*fp32 out:*fp8e4nv rows:i32 stride:i32 first:i32", COLUMNS=4096,
+         BLOCK=64, HIGH=128, WORDS=8, DOUBLE=True, SHUFFLE=True)
 norm = compiled(_norm_codes_kernel, "x:*bf16 residual:*bf16 weight:*bf16 y:*bf16 summed:*bf16 "
     "inverse:*fp32 codes:*fp8e4nv scales:*fp32 eps:fp32 scale:fp32 width:i32 xs:i32 rs:i32 ys:i32 "
     "ss:i32 cs:i32", 4, BLOCK=4096, PLUS=0., ADD=True)
 compiled(_glu_codes_kernel, "gate:*bf16 up:*bf16 h:*bf16 codes:*fp8e4nv scales:*fp32 gs:i32 hs:i32 "
          "cs:i32 width:i32", 16, ACT="silu", BLOCK=16384)
-back = compiled(_glu_back_codes_kernel, "dh:*bf16 gate:*bf16 up:*bf16 dgate:*bf16 dup:*bf16 h:*bf16 "
-    "factors:*fp32 factors_up:*fp32 codes:*fp8e4nv codes_up:*fp8e4nv scales:*fp32 ds:i32 gs:i32 "
+back = compiled(_glu_back_codes_kernel, "dh:*bf16 gate:*bf16 up:*bf16 dgate:*bf16 dup:*bf16 "
+    "h:*bf16 factors:*fp32 factors_up:*fp32 codes:*fp8e4nv codes_up:*fp8e4nv scales:*fp32 ds:i32 gs:i32 "
     "os:i32 hs:i32 cs:i32 width:i32", 16, ACT="silu", BLOCK=16384, AGAIN=True)
 for k in norm, back: assert "e4m3x2.f32" in k.asm["ptx"]
 print("compiled")
