@@ -12,7 +12,7 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
 from ..core import FtkitError
-from .edges import SCRATCH, Moves, Scratch, dropped, unpack
+from .edges import SCRATCH, Moves, Scratch, dropped, product, unpack
 from ..lora.layers import LoraLinear
 from ..quant.linear import QLinear
 
@@ -35,6 +35,7 @@ class Part:
         if type(self.base) is not QLinear: own.append(("weight", self.base.weight))
         return [(n, p) for n,p in own if p is not None and p.requires_grad]
 
+# %% ../../nbs/68_kernels.lora.ipynb #58217d73
 def _parts(modules):
     "The parts in order, and how many ranks they have together."
     parts,row,rank = [],0,0
@@ -78,10 +79,13 @@ class Projection:
         self.modules = tuple(modules)
         if (why := why_not(self.modules)): raise FtkitError(f"not one projection: {why}")
         self.parts,ranks = _parts(self.modules)
-        self.N,self.K,self.R = self.parts[-1].rows.stop,modules[0].in_features,-(-ranks//16)*16
+        self.N,self.K,self.R = self.parts[-1].rows.stop,self.modules[0].in_features,-(-ranks//16)*16
+        self.out_features,self.in_features = self.N,self.K
         self.scratch,self.piece = scratch or SCRATCH,piece
         self.trained = [(part, *t) for part in self.parts for t in part.trained()]
         self.trainable = tuple(t for _,_,t in self.trained)
+        self.learns = any(name in ("A", "B") for _,name,_ in self.trained)
+        self.factors = [t for p in self.parts if p.lora for t in (p.lora.A, p.lora.B)]
         self.quantized = all(type(p.base) is QLinear for p in self.parts)
         self.layout = tuple((p.rows.stop, p.ranks.stop) for p in self.parts)
         self.matrix = self.views = self.moves = self.gathers = self.shared = None
@@ -89,21 +93,19 @@ class Projection:
 
     why_not = staticmethod(why_not)
 
-    @property
-    def out_features(self)->int: return self.N
+# %% ../../nbs/68_kernels.lora.ipynb #aab52c89
+@patch(as_prop=True)
+def enabled(self:Projection)->bool:
+    "Whether LoRA takes part."
+    return self.R > 0 and next(p.lora.enabled for p in self.parts if p.lora)
 
-    @property
-    def in_features(self)->int: return self.K
+@patch(as_prop=True)
+def dropping(self:Projection)->bool:
+    "Whether there is dropout, for which a seed is needed."
+    return any(p.dropout for p in self.parts)
 
-    @property
-    def enabled(self)->bool:
-        "Whether LoRA takes part."
-        return self.R > 0 and next(p.lora.enabled for p in self.parts if p.lora)
-
-    @property
-    def dropping(self)->bool:
-        "Whether there is dropout, for which a seed is needed."
-        return any(p.dropout for p in self.parts)
+@patch(as_prop=True)
+def _deferred(self:Projection): return self.shared is not None and self.shared.defer
 
 # %% ../../nbs/68_kernels.lora.ipynb #5072f74e
 @patch
@@ -142,13 +144,14 @@ def _views(self:Projection, x, fresh):
     if fresh and self.R and not (self.shared and self.views): self.spread(V.A, V.sB)
     return V
 
+# %% ../../nbs/68_kernels.lora.ipynb #57cc6cb6
 @patch
 def _scratched(self:Projection, dtype, device, fresh):
     "Shared memory with the weights in it, and whether the factors have to be written."
     key = (self.layout, self.K, dtype, device)
     M = self.scratch.take(key, self.N + self.R, self.K + self.R, dtype, device)
-    places = [_place(p.base) for p in self.parts]
-    there = self.scratch.took(key, self, places) and (self.quantized or not fresh)
+    there = self.scratch.took(key, self, [_held(p.base) for p in self.parts])
+    there = there and (self.quantized or not fresh) # others may be trained
     if not there:
         for p in self.parts: unpack(p.base, 0, p.base.out_features, M[p.rows,:self.K])
     return _Views(M, self.N, self.K), fresh or not there
@@ -160,9 +163,9 @@ def _check_held(self:Projection, dtype):
         if self.matrix.dtype != dtype else "weights were replaced while they were held"
     raise FtkitError(what, where="projection", fix="release() it, and hold() it again")
 
-def _place(base):
-    "Where a layer's weight is."
-    return (base.weight_codes if type(base) is QLinear else base.weight).data_ptr()
+def _held(base): return base.weight_codes if type(base) is QLinear else base.weight
+
+def _place(base): return _held(base).data_ptr()
 
 # %% ../../nbs/68_kernels.lora.ipynb #a9b604b2
 @patch
@@ -178,6 +181,7 @@ def _factors(self:Projection, x):
     if self.R: self.spread(V.A, V.sB)
     return V
 
+# %% ../../nbs/68_kernels.lora.ipynb #56001b9f
 @patch
 def _pieces(self:Projection, dtype, device):
     "Pairs of rows and their weights, [rows, K]."
@@ -261,6 +265,7 @@ def project_backward(self:Projection,
     if need_x: out = self._to_input(dy, wide, dxa, V, out, add, seed)
     return out if need_x else None,self._grads(dy, x, xa, dxa, seed)
 
+# %% ../../nbs/68_kernels.lora.ipynb #2f79c897
 @patch
 def _to_input(self:Projection, dy, wide, dxa, V, out, add, seed):
     "The gradient of the input."
@@ -277,34 +282,34 @@ def _to_input(self:Projection, dy, wide, dxa, V, out, add, seed):
     return out
 
 # %% ../../nbs/68_kernels.lora.ipynb #7528b570
-def _product(a, b, dtype):
-    "a·b in `dtype`, rounded once where the device can."
-    if a.is_cuda and dtype == torch.float32 and a.dtype in (torch.float16, torch.bfloat16):
-        return torch.mm(a, b, out_dtype=dtype)
-    return (a @ b).to(dtype)
-
 @patch
 def _grads(self:Projection, dy, x, xa, dxa, seed):
     "Gradients of `trainable`, in its order."
-    A,B = self._factor_grads(dy, x, xa, dxa, seed) if xa is not None else (None, None)
-    grads = []
+    A,B,grads = None,None,[]
+    if self.learns and xa is not None: A,B = self._factor_grads(dy, x, xa, dxa, seed)
+    if self._deferred: A,B = None,None
+    elif B is not None: B = self._blocks(B)
     for p,name,param in self.trained:
         if name == "A": grad = None if A is None else A[p.ranks]
         elif name == "B": grad = None if B is None else next(B)
         elif name == "bias": grad = dy[:,p.rows].sum(0, dtype=torch.float32)
-        else: grad = _product(dy[:,p.rows].T, x, param.dtype)
+        else: grad = product(dy[:,p.rows].T, x, param.dtype)
         grads.append(None if grad is None else grad.to(param.dtype))
     return tuple(grads)
 
+# %% ../../nbs/68_kernels.lora.ipynb #e9ff8bfe
 @patch
 def _factor_grads(self:Projection, dy, x, xa, dxa, seed):
-    "Those of all `A`, [R, K], and of each `B`."
-    kind = next(p.lora.A.dtype for p in self.parts if p.lora)
-    B = self._blocks(_product(dy.T, xa, kind))
-    if not self.dropping: return _product(dxa.T, x, kind),B
-    A = dy.new_empty(self.R, self.K, dtype=kind)
-    for i,p in enumerate(self.parts):
-        if p.lora: A[p.ranks] = _product(dxa[:,p.ranks].T, self._thin(x, p, i, seed), kind)
+    "Those of `A`, [R, K], and, without their scales, of `B`, in [N, R]."
+    kind = self.factors[0].dtype
+    A,B,again = self.shared.slots(self) if self._deferred else (None, None, False)
+    B = product(dy.T, xa, kind, B, again)
+    if not self.dropping: A = product(dxa.T, x, kind, A, again)
+    else:
+        if A is None: A = dy.new_zeros(self.R, self.K, dtype=kind)
+        for i,p in enumerate(self.parts):
+            if not p.lora: continue
+            product(dxa[:,p.ranks].T, self._thin(x, p, i, seed), kind, A[p.ranks], again)
     return A,B
 
 @patch
@@ -360,8 +365,7 @@ def hold(self:Projection,
     frozen = all(type(p.base) is QLinear or not p.base.weight.requires_grad for p in self.parts)
     if len(plain) < len(self.parts) and not (cache and frozen): return False
     if self.R and not frozen: return False # an optimizer wants contiguous weights
-    device = next(self.modules[0].buffers() if type(self.parts[0].base) is QLinear
-                  else self.modules[0].parameters()).device
+    device = _held(self.parts[0].base).device
     M = torch.zeros(self.N + self.R, self.K + self.R, dtype=dtype, device=device)
     for p in self.parts:
         view = unpack(p.base, 0, p.base.out_features, M[p.rows,:self.K])
@@ -370,6 +374,7 @@ def hold(self:Projection,
     self.places = [_place(p.base) for p in self.parts]
     return True
 
+# %% ../../nbs/68_kernels.lora.ipynb #faef399b
 @patch
 def _move_in(self:Projection, base, view):
     base.weight.data = view
@@ -379,6 +384,7 @@ def _contiguous(module, state_dict, prefix, local_metadata):
     w = state_dict[prefix + "weight"]
     if not w.is_contiguous(): state_dict[prefix + "weight"] = w.contiguous()
 
+# %% ../../nbs/68_kernels.lora.ipynb #3cda15cd
 @patch
 @torch.no_grad()
 def release(self:Projection)->None:
