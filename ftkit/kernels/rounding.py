@@ -61,7 +61,9 @@ def _round_randomly(x, bits):
     raw = x.to(tl.uint32, bitcast=True)
     up = (raw + (bits & 0xFFFF)) & tl.full([], 0xFFFF0000, tl.uint32)
     finite = (raw & 0x7F800000) != 0x7F800000
-    return tl.where(finite, up.to(tl.float32, bitcast=True), x).to(tl.bfloat16)
+    odd = raw | tl.where((raw & 0x7FFFFF) != 0, 0x400000, 0).to(tl.uint32) # stays infinite, or nan
+    half = (tl.where(finite, up, odd) >> 16).to(tl.uint16)
+    return half.to(tl.bfloat16, bitcast=True)
 
 # %% ../../nbs/14_kernels.rounding.ipynb #7d9abd50
 @lru_cache(None)
