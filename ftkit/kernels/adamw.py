@@ -130,15 +130,24 @@ def cut_memory(sizes:list,   # Numbers in each tensor
 @jit
 def _pointer(address, TYPE:tl.constexpr, ALIGNED:tl.constexpr):
     p = address.to(tl.pointer_type(TYPE))
-    return tl.multiple_of(p, 16) if ALIGNED else p
+    if ALIGNED: p = tl.multiple_of(p, 16)
+    return p
+
+@jit
+def _chunk(chunks, table, CHUNK:tl.constexpr, ALIGNED:tl.constexpr):
+    "The row of this program's tensor, where the chunk starts, and how many numbers there are."
+    row = tl.load(chunks + 2*tl.program_id(0))
+    start = tl.load(chunks + 2*tl.program_id(0) + 1).to(tl.int64)*CHUNK
+    size = tl.load(table + 8*row + 4)
+    if ALIGNED: size = tl.multiple_of(size, 16)
+    return row, start, size
 
 @jit(do_not_specialize=["n"])
 def _squares_kernel(chunks, table, addresses, sums, n, W:tl.constexpr, CHUNK:tl.constexpr,
                     BLOCK:tl.constexpr, ALIGNED:tl.constexpr):
     "The sum of a chunk's squared gradients."
-    row = tl.load(chunks + 2*tl.program_id(0))
-    start = tl.load(chunks + 2*tl.program_id(0) + 1).to(tl.int64)*CHUNK
-    grad,size = tl.load(addresses + n + row),tl.load(table + 8*row + 4)
+    row,start,size = _chunk(chunks, table, CHUNK, ALIGNED)
+    grad = tl.load(addresses + n + row)
     total = tl.zeros([BLOCK], dtype=tl.float32)
     end = tl.where(grad == 0, start, tl.minimum(size, start + CHUNK))
     g = _pointer(grad, W, ALIGNED)
@@ -243,10 +252,9 @@ def _update_kernel(chunks, table, addresses, rates, steps, control, lines, n, se
                    W:tl.constexpr, BITS:tl.constexpr, CHUNK:tl.constexpr, ROWS:tl.constexpr,
                    ALIGNED:tl.constexpr):
     "One chunk's step."
-    row = tl.load(chunks + 2*tl.program_id(0))
-    start = tl.load(chunks + 2*tl.program_id(0) + 1).to(tl.int64)*CHUNK
+    row,start,size = _chunk(chunks, table, CHUNK, ALIGNED)
     grad,here = tl.load(addresses + n + row),table + 8*row
-    size,number = tl.load(here + 4),tl.load(here + 6).to(tl.int32)
+    number = tl.load(here + 6).to(tl.int32)
     rate = rates + 16*tl.load(here + 5)
     factor,t = tl.load(control + 1),tl.load(steps + number)
     key = _dice_key(seed, t.to(tl.int32), number)
@@ -345,10 +353,11 @@ class Part:
         total = sum(p.numel() for p in params)
         self.chunk = min(max(triton.next_power_of_2(total >> 12), 2048), 1 << 16)
         for i,p in enumerate(params):
-            kind = p.dtype,optimizer.state[p]["exp_avg"].element_size()*8
+            bits = optimizer.state[p]["exp_avg"].element_size()*8
+            kind = p.dtype,bits,p.numel() % 16 == 0
             self.sets.setdefault(kind, []).extend((i, c) for c in range(-(-p.numel()//self.chunk)))
         self.sets = {k: torch.tensor(v, dtype=torch.int32).to(device) for k,v in self.sets.items()}
-        self.sums = torch.empty(sum(map(len, self.sets.values())), device=device)
+        self.sums = torch.zeros(sum(-(-len(c)//4)*4 for c in self.sets.values()), device=device)
         self.aligned = False
 
     def _row(self, optimizer, p):
@@ -403,18 +412,19 @@ def _launch(self:FlatAdamW, params, max_norm, scale, total):
     if not hasattr(self, "_lines"): self._lines = segments(device).contiguous()
     control,n,first = torch.empty(4, device=device),len(part.params),0
     table,addresses = part.table,part.addresses.there
-    shape = dict(CHUNK=part.chunk, ALIGNED=part.aligned)
     with on(control):
-        for (w,_),chunks in part.sets.items():
+        for (w,_,even),chunks in part.sets.items():
             _squares_kernel[len(chunks),](chunks, table, addresses, part.sums[first:], n, W=TYPES[w],
-                                          BLOCK=2048, **shape)
-            first += len(chunks)
+                                          CHUNK=part.chunk, BLOCK=2048,
+                                          ALIGNED=even and part.aligned)
+            first += -(-len(chunks)//4)*4 # aligned, as all that a kernel is given
         _control_kernel[1,](part.sums, len(part.sums), table, addresses, n, self.steps, control,
                             total, scale, float(max_norm), BLOCK=1024)
-        for (w,bits),chunks in part.sets.items():
+        for (w,bits,even),chunks in part.sets.items():
             _update_kernel[len(chunks),](chunks, table, addresses, self._rates.there, self.steps,
                                          control, self._lines, n, self.seed, W=TYPES[w], BITS=bits,
-                                         ROWS=8, num_warps=8, **shape)
+                                         CHUNK=part.chunk, ROWS=8, num_warps=8,
+                                         ALIGNED=even and part.aligned)
     return control[0]
 
 # %% ../../nbs/54_kernels.adamw.ipynb #bbeb37aa
