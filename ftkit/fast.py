@@ -19,6 +19,7 @@ from .core import pick_dtype, say
 from .experts import activation_name, slow_down_experts, speed_up_experts
 from .decoder import AttentionHalf, Call, Layer, MlpHalf, Norm
 from .kept import Away, Saving, Watch, savings
+from .kernels.eight import EightProjection
 from .kernels.edges import Edges
 from .kernels.lora import Projection
 from .kernels.norm import rms_norm
@@ -121,17 +122,19 @@ def _mlp_unknown(mlp, family):
     return kept != {*family.gate_up, "down_proj"} or _activation(mlp) is None
 
 # %% ../nbs/73_fast.ipynb #2170dce3
-def why_not(model:nn.Module # A transformers model
-           )->str:          # A reason, or None if there is none
+def why_not(model:nn.Module, # A transformers model
+            compute="auto"   # As in `speed_up`
+           )->str:           # A reason, or None if there is none
     "Why a model cannot take the fast path."
     inner = find_decoder(model)
     if inner is None: return f"{type(model).__name__} has no decoder layers that are known here"
     family = _family(inner)
     if family is None: return f"the family {inner.config.model_type!r} is not in the table"
     for i,block in enumerate(inner.layers):
-        if (reason := _why_not_block(block, family)): return f"layer {i}: {reason}"
+        if (reason := _why_not_block(block, family, COMPUTE.get(compute, Projection))):
+            return f"layer {i}: {reason}"
 
-def _why_not_block(block, family):
+def _why_not_block(block, family, kind):
     if hasattr(block, "_hf_hook"): return "it is spread over devices"
     parts = {n for n,m in block._modules.items() if not isinstance(m, nn.Dropout)}
     if parts != {*family.norms, *family.after, "self_attn", "mlp"}:
@@ -141,22 +144,23 @@ def _why_not_block(block, family):
             return f"{name} drops values at random"
     if getattr(block.self_attn, "attention_dropout", 0): return "its attention has dropout"
     norms = _modules(block, family.norms + family.after) + _modules(block.self_attn, family.qk)
-    return (_why_not_attention(block.self_attn, family) or _why_not_norms(norms)
-            or _why_not_mlp(block.mlp, family))
+    return (_why_not_attention(block.self_attn, family, kind) or _why_not_norms(norms)
+            or _why_not_mlp(block.mlp, family, kind))
 
 # %% ../nbs/73_fast.ipynb #6c63b371
-def _why_not_attention(a, family):
+def _why_not_attention(a, family, kind):
     if family.latent: return why_not_latent(a)
     if {*a._modules} != {*family.qkv, *family.qk, "o_proj"}:
         return f"its attention consists of {', '.join(sorted(a._modules))}"
-    return _why_not_linears(_modules(a, family.qkv)) or _why_not_linears([a.o_proj])
+    return _why_not_linears(kind, _modules(a, family.qkv), [a.o_proj])
 
-def _why_not_mlp(mlp, family):
+def _why_not_mlp(mlp, family, kind):
     if family.latent or _mlp_unknown(mlp, family): return None # the ordinary module does it
-    return _why_not_linears(_modules(mlp, family.gate_up)) or _why_not_linears([mlp.down_proj])
+    return _why_not_linears(kind, _modules(mlp, family.gate_up), [mlp.down_proj])
 
-def _why_not_linears(linears):
-    return next((r for m in linears if (r := _touched(m))), None) or Projection.why_not(linears)
+def _why_not_linears(kind, *groups):
+    found = [_touched(m) for group in groups for m in group] + [kind.why_not(g) for g in groups]
+    return next(filter(None, found), None)
 
 def _why_not_norms(norms):
     for norm in norms:
@@ -215,12 +219,12 @@ def rows_of_call(shape:tuple,          # Rows and tokens of each
     return Rows(n, seq)
 
 # %% ../nbs/73_fast.ipynb #4d0ff0a2
-COMPUTE = dict(auto=Projection) # Name → class; other names are types to compute in
+COMPUTE = dict(auto=Projection, fp8=EightProjection) # Others are types to compute in
 
 class Fast:
     "The state of a model whose layers are computed by hand."
     def __init__(self, inner, saving, compute, hold, defer):
-        self.inner,self.saving,self.kind = inner,saving,COMPUTE.get(compute, Projection)
+        self.inner,self.saving,self.compute = inner,saving,compute
         self.dtype = None if compute in COMPUTE else pick_dtype(compute)
         self.call,self.away,self.parts,self.told = None,None,[],set()
         self.hold,self.held,self.defer,self.edges = hold,None,defer,None
@@ -230,10 +234,10 @@ class Fast:
         "Make the layers anew from the modules as they are now."
         self.let_go()
         inner,family = self.inner,_family(self.inner)
-        self.reason = why_not(inner)
+        self.reason,kind = why_not(inner, self.compute),COMPUTE.get(self.compute, Projection)
         if not self.reason:
             plan = savings(self.saving, len(inner.layers))
-            self.parts = [_layer(b, family, self.kind, s) for b,s in zip(inner.layers, plan)]
+            self.parts = [_layer(b, family, kind, s) for b,s in zip(inner.layers, plan)]
         self.tell_experts()
         self.watch = Watch(inner.layers)
         for i,block in enumerate(inner.layers): block.__dict__["_fast"] = self, i
@@ -359,13 +363,13 @@ def _norm_forward(self, x):
 # %% ../nbs/73_fast.ipynb #7b8931ba
 def speed_up(model:nn.Module, # A transformers model; its layers are trained by hand from now on
              saving=None,     # Level, `Saving` or one for each layer; None: as checkpointing is set
-             compute="auto",  # Type to compute in; auto: autocast's, else that of the embeddings
+             compute="auto",  # Type to compute in; auto: autocast's or the embeddings'; or fp8
              hold=None,       # Move frozen weights into one matrix a projection; None: on a GPU
              defer=False      # Write LoRA's gradients at once at the end, past autograd's hooks
             )->bool:          # Whether it is fast now
     "Train the model's layers by hand, if the table knows how; otherwise say why not."
     slow_down(model)
-    if (reason := why_not(model)):
+    if (reason := why_not(model, compute)):
         say(f"This model is trained the ordinary, slower way: {reason}")
         return False
     inner = find_decoder(model)

@@ -377,6 +377,18 @@ def test_bfloat16(dtype, layers_run):
         assert far(run()) < max(1.5*ordinary, .01)
 
 
+@pytest.mark.parametrize("hold", [False, True])
+def test_eight_bits(hold, layers_run):
+    "Near sixteen bits, and the same whatever is kept."
+    model = with_lora(tiny("Llama", hidden_size=64, intermediate_size=96)).train()
+    exact = step(model)
+    assert speed_up(model, compute="fp8", hold=hold), why_not(model, "fp8")
+    plans = [set_saving(model, plan) or step(model) for plan in ("none", "most")]
+    near(plans[1], plans[0])
+    assert_close(plans[0][0], exact[0], rtol=.01, atol=0)
+    for n, g in exact[1].items(): assert (plans[0][1][n] - g).norm() < .3*g.norm(), n
+
+
 def test_backward_can_run_once():
     model = tiny_llama().train()
     speed_up(model)
