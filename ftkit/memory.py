@@ -18,6 +18,7 @@ from torch import nn
 from .activations import (METHODS, MemorySetting, _adapter_type, _inner, _last, _reads, _size,
                                layer_keeps)
 from .core import DTYPES, FtkitError, unknown_name
+from .kernels.loss import piece_rows
 from .lora.inject import _is_head, _linears, add_lora, lora_layers
 from .models.shapes import empty_model
 from .options import change
@@ -67,10 +68,11 @@ def state_bytes(shape:tuple,   # Of a trained tensor
                )->int:
     "What an optimizer keeps on the GPU for a tensor."
     n = prod(shape)
-    if optimizer.startswith("paged") and n >= 100_000: return 0
+    if optimizer.startswith("paged"): return 0
+    if optimizer.startswith("bnb_paged") and n >= 100_000: return 0
     if optimizer == "adafactor": return 4*(sum(shape) if len(shape) > 1 else n)
-    if optimizer.endswith("8bit") and n >= 4096: return 2*n + 2*4*-(-n//256)
-    return 2*(4 if "8bit" in optimizer or "paged" in optimizer else size)*n
+    if optimizer.endswith("_8bit") and n >= 4096: return 2*n + 2*4*-(-n//256)
+    return 4*n if optimizer.endswith("_16bit") else 8*n
 
 # %% ../nbs/71_memory.ipynb #40ef8609
 def _scales(new):
@@ -96,12 +98,11 @@ def resident(model, s:MemorySetting)->dict: # Name of a part → bytes
             "optimizer": sum(state_bytes(*t, s.optimizer) for t in trained)}
 
 # %% ../nbs/71_memory.ipynb #190a4bad
-def logits_bytes(s:MemorySetting, words:int)->tuple: # In the forward pass; in the backward pass
-    "The largest sizes of the logits with their copies, and with their gradients."
-    tokens,learned,size = s.tokens,round(s.learned*s.tokens),_inner(s)
-    chosen = size + 4 if size < 4 else 4 # the learned ones, and once more in float32
-    forward = max(size*tokens + chosen*learned, 8*learned)
-    return forward*words, max(12*learned, size*(tokens + learned))*words
+def logits_bytes(s:MemorySetting, words:int, hidden:int=0)->int:
+    "The logits of a piece of the rows; what the head reads of all, and the gradient of that."
+    learned,size = round(s.learned*s.tokens),_inner(s)
+    piece = min(learned, piece_rows(learned, words, size))
+    return piece*words*size + 2*learned*hidden*size
 
 # %% ../nbs/71_memory.ipynb #5632b727
 def half_copies(model, s:MemorySetting)->dict: # "all", "head" and "layer" (the largest) → bytes
@@ -176,7 +177,8 @@ def moments(model,          # On the device "meta", without LoRA layers
     "What is on the GPU at the moments of a step that may be the worst."
     stay,grads,copies = resident(model, s),gradient_bytes(model, s),half_copies(model, s)
     kept,(mask,last) = _kept(model, s),_ends(model, s)
-    forward,loss = logits_bytes(s, model.get_output_embeddings().weight.shape[0])
+    logits = logits_bytes(s, model.get_output_embeddings().weight.shape[0],
+                          model.config.hidden_size)
     stream = _size(s.weights)*model.config.hidden_size*s.tokens
     saved = mask + (len(kept)*stream if s.checkpointing else sum(kept))
     work = max(working_space(m, model.config, s) for m in decoder_layers(model).values())
@@ -186,8 +188,8 @@ def moments(model,          # On the device "meta", without LoRA layers
         return {**stay, "gradients": gradients, "16-bit copies": copies,
                 "activations": activations, "one layer": layer, "logits": logits}
     return {**_before(model, s, now(0)),
-        "forward": now(grads["before"], copies["all"], saved + last, 0, forward),
-        "loss": now(grads["before"], held + copies["head"], saved + last, 0, loss),
+        "forward": now(grads["before"], copies["all"] - copies["head"], saved + last),
+        "loss": now(grads["top"], held + copies["head"], saved + last, 0, logits),
         "top layer": now(grads["top"], held or copies["layer"], saved, again),
         "bottom layer": now(grads["bottom"], copies["layer"], mask + stream, work + max(kept)),
         "update": now(grads["update"])}
@@ -251,7 +253,8 @@ def check_setting(s:MemorySetting)->MemorySetting:
     if not 0 <= s.learned <= 1: raise FtkitError("must be between 0 and 1", where="learned")
     return s
 
-OPTIMIZERS = "adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit", "adafactor"
+OPTIMIZERS = ("adamw", "adamw_16bit", "adamw_8bit", "paged_adamw", "paged_adamw_8bit",
+              "bnb_adamw_8bit", "bnb_paged_adamw", "bnb_paged_adamw_8bit", "adafactor")
 
 # %% ../nbs/71_memory.ipynb #b861a29d
 def gpu_bytes(text)->int:
@@ -352,4 +355,4 @@ def recipe_setting(recipe)->MemorySetting: # From a `Recipe`
     return MemorySetting(lora=lora, bits=model.bits, weights=weights,
         precision=precision, optimizer=recipe.optim.optimizer, batch_size=train.batch_size,
         length=data.max_length, accumulate=train.accumulate, attn=model.attn,
-        checkpointing=train.gradient_checkpointing, mask=bool(data.packing))
+        checkpointing=bool(train.gradient_checkpointing), mask=bool(data.packing))
