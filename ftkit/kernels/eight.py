@@ -245,7 +245,7 @@ def codes(self:EightProjection,
     self.prepare()
     if turned in self.held: return self.held[turned]
     shape,device = (self.K, self.N) if turned else (self.N, self.K),self.scales.device
-    key = ("eight", self.layout, *shape, device)
+    key = ("eight", turned, self.layout, self.K, device)
     out = self.scratch.take(key, *shape, E4M3, device)
     if not self.scratch.took(key, self, self.state): self._fill(out, turned)
     return out
@@ -311,12 +311,12 @@ def column_factors(self:EightProjection)->Tensor: # [N], float32
 
 @patch
 def project_backward(self:EightProjection, dy:Tensor, x:Tensor, xa:Tensor, out:Tensor=None,
-                     add:Tensor=None, seed:int=None, need_x:bool=True,
+                     add:Tensor=None, seed:int=None, need_x:bool=True, between=None,
                      codes:tuple=None # `dy` times `column_factors` in eight bits, and its scales
                     )->tuple:         # Gradient of `x`, or None; those of `trainable`
     "As that of `Projection`."
-    self.coming = codes
-    try: return super(EightProjection, self).project_backward(dy, x, xa, out, add, seed, need_x)
+    self.coming,up = codes,super(EightProjection, self)
+    try: return up.project_backward(dy, x, xa, out, add, seed, need_x, between)
     finally: self.coming = None
 
 @patch
