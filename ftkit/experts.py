@@ -115,7 +115,7 @@ def gradients(self:Side,
     "The gradients of the parameters."
     if not self.trained: return []
     if self.A is None:
-        if weigh is not None: x = x*weigh.to(x.dtype) # of [M, F] in the only case that there is
+        if weigh is not None: x.mul_(weigh) # h, which nothing else needs
         dw = (dy, x, to.offsets, dy_rows, x_rows)
         if self.transposed: dw = (x, dy, to.offsets, x_rows, dy_rows)
         return [grouped_outer(*dw, dtype=self.stack.dtype)]

@@ -104,9 +104,11 @@ def _part_kernel(dq, dk, dv, table, q_out, kv_out, shared_out, heads, positions,
 
 # %% ../nbs/66_latent.ipynb #261a59d3
 def _blocks(heads, width):
+    "Heads of a program, and numbers of a head, as powers of two."
     columns = triton.next_power_of_2(width)
     return dict(HB=min(triton.next_power_of_2(heads), max(1, 2048//columns)), BW=columns)
 
+# %% ../nbs/66_latent.ipynb #713f1128
 class _Join(torch.autograd.Function):
     "Queries, keys and values of all heads from what the projections give."
     @staticmethod

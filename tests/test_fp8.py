@@ -333,14 +333,13 @@ def test_what_eight_bits_refuse():
 
 @pytest.mark.parametrize("hold", (False, True))
 @pytest.mark.parametrize("quantized", (False, True))
-def test_a_model_computed_by_hand(quantized, hold, monkeypatch):
+def test_a_model_computed_by_hand(quantized, hold):
     from transformers import LlamaConfig, LlamaForCausalLM
     from ftkit import fast
     from ftkit.lora.inject import LoraConfig, add_lora
     from ftkit.quant.linear import quantize_model
-    monkeypatch.setitem(fast.COMPUTE, "eight", EightProjection)
     ids, found = torch.randint(0, 128, (2, 40), device=DEVICE), []
-    for compute in "auto", "eight":
+    for compute in "auto", "fp8":
         torch.manual_seed(0)
         model = LlamaForCausalLM(LlamaConfig(
             vocab_size=128, hidden_size=64, intermediate_size=128, num_hidden_layers=2,

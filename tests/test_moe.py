@@ -1,4 +1,4 @@
-"Grouped products, routing, experts and attention from a latent: like the formulas, and like transformers' own experts."
+"Products by expert, routing, experts, attention from a latent: like formulas and transformers."
 import os
 import torch
 
@@ -77,7 +77,8 @@ def test_product(counts, transposed, dtype):
 def test_product_with_all(p):
     counts, E, M, N, K, R = [9, 0, 30], 3, 39, 70, 33, 18
     x, w = rand(12, K), rand(E, N, K, seed=1)
-    small, B, rows = rand(M, R, seed=2), rand(E, N, R, seed=3), torch.randint(12, (M,)).int().to(dev)
+    small, B = rand(M, R, seed=2), rand(E, N, R, seed=3)
+    rows = torch.randint(12, (M,), generator=gen()).int().to(dev)
     drop = (torch.tensor([7], device=dev), p) if p else None
     out = torch.zeros(M + 1, N, device=dev)
     with kernels():
@@ -264,7 +265,8 @@ def test_dropout(run, monkeypatch):
     m = LoraExperts(mixture("mixtral").model.layers[0].mlp.experts,
                     {"gate_up_proj": (3, 6), "down_proj": (2, 4)}, dropout=0.3)
     stirred(m)
-    monkeypatch.setattr(experts_module, "new_seed", lambda device: torch.tensor([11], device=device))
+    seed = torch.tensor([11], device=dev)
+    monkeypatch.setattr(experts_module, "new_seed", lambda device: seed)
     index = torch.rand(6, 4, generator=gen()).topk(2)[1].to(dev)
     x, w = rand(6, 64).requires_grad_(), torch.rand(6, 2, generator=gen()).to(dev).requires_grad_()
     wants = dict(x=x, w=w, **{n: p for n, p in m.named_parameters() if p.requires_grad})
@@ -272,7 +274,7 @@ def test_dropout(run, monkeypatch):
     with run():
         ours = experts_forward(m, x, index, w)
         new = torch.autograd.grad(ours.square().sum(), wants.values())
-        masks = [drop_mask(torch.tensor([11], device=dev), 0.3, (12, n)) for n in (64, 96)]
+        masks = [drop_mask(seed, 0.3, (12, n)) for n in (64, 96)]
     def layer(name, v, mask, e):
         linear = lambda v, s: torch.einsum("mk,mnk->mn", v, s[e])
         return linear(v, getattr(m.base, name)) + 2*linear(linear(v*mask, m.A[name]), m.B[name])

@@ -311,12 +311,14 @@ def column_factors(self:EightProjection)->Tensor: # [N], float32
 
 @patch
 def project_backward(self:EightProjection, dy:Tensor, x:Tensor, xa:Tensor, out:Tensor=None,
-                     add:Tensor=None, seed:int=None, need_x:bool=True, between=None,
+                     add:Tensor=None, seed:int=None, need_x:bool=True,
+                     between=None,    # Called when it is there, before `x` itself is read
                      codes:tuple=None # `dy` times `column_factors` in eight bits, and its scales
                     )->tuple:         # Gradient of `x`, or None; those of `trainable`
     "As that of `Projection`."
-    self.coming,up = codes,super(EightProjection, self)
-    try: return up.project_backward(dy, x, xa, out, add, seed, need_x, between)
+    self.coming = codes
+    try: return super(EightProjection, self).project_backward(dy, x, xa, out, add, seed, need_x,
+                                                              between)
     finally: self.coming = None
 
 @patch

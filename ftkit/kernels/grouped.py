@@ -103,14 +103,14 @@ def _swizzle(pid, tiles_m, tiles_n, GROUP:tl.constexpr):
     return first + inside % width, inside//width
 
 # %% ../../nbs/09_kernels.grouped.ipynb #9d02d135
-@jit(do_not_specialize=["p", "scale"])
-def _matmul_kernel(x, w, out, offsets, rows, x2, w2, seeds, experts, N, K, R, sx, se, sn, sk, so,
-                   s2, w2e, w2n, w2k, scale, p, BM:tl.constexpr, BN:tl.constexpr,
+@jit(do_not_specialize=["experts", "before", "p", "scale"])
+def _matmul_kernel(x, w, out, offsets, before, rows, x2, w2, seeds, experts, N, K, R, sx, se, sn,
+                   sk, so, s2, w2e, w2n, w2k, scale, p, BM:tl.constexpr, BN:tl.constexpr,
                    BK:tl.constexpr, BR:tl.constexpr, EP:tl.constexpr, ROWS:tl.constexpr,
                    EXTRA:tl.constexpr, DROP:tl.constexpr, PREC:tl.constexpr):
     tiles_n = tl.cdiv(N, BN)
     t,tn = _swizzle(tl.program_id(0), tl.num_programs(0)//tiles_n, tiles_n, 8)
-    e,row,end = _tile(offsets, experts, t, BM, EP)
+    e,row,end = _tile(offsets + before, experts, t, BM, EP)
     if e < experts:
         m,n,k = row + tl.arange(0, BM),tn*BN + tl.arange(0, BN),tl.arange(0, BK)
         live,at = m < end,e.to(tl.int64)
@@ -191,12 +191,13 @@ def grouped_matmul(x:Tensor,        # [M, K], or [any, K] with `rows`; rows cont
     sizes,R = _sizes(x, average or M//E, width),w2.shape[2]
     grid = ((M//sizes["BM"] + min(E, M))*triton.cdiv(N, sizes["BN"]),)
     seed,p = drop or (offsets, 0.)
+    start = offsets.as_strided((1,), (1,), 0) # a part's own address would be compiled for anew
     with on(x):
         _matmul_kernel[grid](
-            x, w, out, offsets, offsets if rows is None else rows, x2, w2, seed, E, N, K, R,
-            row_stride(x), *w.stride(), row_stride(out), row_stride(x2), *w2.stride(), scale, p,
-            BR=_power(R, 16, 64), EP=_power(E), ROWS=rows is not None, EXTRA=extra is not None,
-            DROP=drop is not None, PREC=_precision(x), **sizes)
+            x, w, out, start, offsets.storage_offset(), start if rows is None else rows, x2, w2,
+            seed, E, N, K, R, row_stride(x), *w.stride(), row_stride(out), row_stride(x2),
+            *w2.stride(), scale, p, BR=_power(R, 16, 64), EP=_power(E), ROWS=rows is not None,
+            EXTRA=extra is not None, DROP=drop is not None, PREC=_precision(x), **sizes)
     return out
 
 # %% ../../nbs/09_kernels.grouped.ipynb #621dfb32

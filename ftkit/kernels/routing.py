@@ -109,12 +109,12 @@ def _gate_back_kernel(dh, gate_up, h, weights, order, dots, width, stride, H:tl.
     tl.store(dots + m, tl.sum(dots_here, 0))
 
 # %% ../../nbs/56_kernels.routing.ipynb #5ccaae92
-def gate_backward(dh:Tensor,       # Gradient of h without the router's weight, [M, F]
+def gate_backward(dh:Tensor,       # Gradient of h without the router's weight, [M, F], contiguous
                   gate_up:Tensor,  # As it was; becomes its own gradient, [M, 2F]
                   weights:Tensor,  # The router's weights, [tokens, k]
                   to:Route,        # How the choices were sorted
                   act:str="silu",  # silu, gelu or gelu_tanh
-                  keep:bool=True   # Whether h is wanted
+                  keep:bool=True   # Whether h is wanted; it may take the place of dh
                  )->tuple:         # h or None; the weights' gradient in their order, [tokens, k]
     "The gradient of the halves, in place; `h` again; and the gradient of the router's weights."
     (M,F),_ = dh.shape,_halves(gate_up, act, False)
@@ -123,7 +123,7 @@ def gate_backward(dh:Tensor,       # Gradient of h without the router's weight, 
     if not M or not fits_kernels(gate_up):
         h,dots = _gate_back_plain(dh, gate_up, weights.flatten()[to.order], act)
     else:
-        h,dots = torch.empty_like(dh) if keep else dh,dh.new_empty(M, dtype=torch.float32)
+        h,dots = dh,dh.new_empty(M, dtype=torch.float32) # dh is read before h is written there
         with on(dh): _gate_back_kernel[(M,)](
             dh, gate_up, h, weights.contiguous(), to.order, dots, F, row_stride(gate_up),
             H=keep, ACT=act, BLOCK=_power(F, 16, 1024))
