@@ -15,7 +15,7 @@ from ftkit.core import FtkitError
 from ftkit.kernels.attention import (Rows, bounds, kernel_backward, kernel_forward,
                                      reference_backward, reference_forward, tiles)
 from ftkit.kernels.backends import BACKENDS, STEADY, Case, case_of
-from ftkit.kernels.launch import capability, interpreted
+from ftkit.kernels.launch import capability, dot_precision, interpreted
 
 DEV = "cuda" if CUDA else "cpu"
 run_kernels = nullcontext if CUDA else interpreted
@@ -131,6 +131,17 @@ def test_tiles_are_whole_and_shrink():
                     assert shapes[-1] == (16, 16, 4, 1)
                     assert all(m >= 16 and n >= 16 and m & (m - 1) == n & (n - 1) == 0
                                for m, n, _, _ in shapes)
+
+
+@pytest.mark.skipif(not hasattr(torch.backends.cuda.matmul, "fp32_precision"), reason="old PyTorch")
+@pytest.mark.parametrize("how", ["ieee", "tf32"])
+def test_the_new_switch_of_tf32(how, monkeypatch):
+    monkeypatch.setattr(torch.backends.cuda.matmul, "fp32_precision", how)
+    assert dot_precision(torch.zeros(1)) == how
+    rows = packed(3, 9)
+    q, k, v, _ = numbers(rows)
+    with run_kernels(): out, _ = kernel_forward(q, k, v, rows, .3)
+    assert (out - right(q, k, v, q, rows, .3)[0]).abs().max() < (1e-5 if how == "ieee" else 1e-2)
 
 
 def test_samples_do_not_touch():

@@ -1,5 +1,6 @@
 "What the tools share: which notebooks there are, running one, work in forked children."
-import faulthandler, glob, os, pickle, shutil, signal, sys, tempfile, textwrap, time, traceback, warnings
+import faulthandler, glob, os, pickle, shutil, signal, sys, tempfile, textwrap, time, traceback
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
