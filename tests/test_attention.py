@@ -135,12 +135,14 @@ def test_tiles_are_whole_and_shrink():
 
 @pytest.mark.skipif(not hasattr(torch.backends.cuda.matmul, "fp32_precision"), reason="old PyTorch")
 @pytest.mark.parametrize("how", ["ieee", "tf32"])
-def test_the_new_switch_of_tf32(how, monkeypatch):
-    monkeypatch.setattr(torch.backends.cuda.matmul, "fp32_precision", how)
-    assert dot_precision(torch.zeros(1)) == how
-    rows = packed(3, 9)
+def test_the_new_switch_of_tf32(how):
+    rows, switch = packed(3, 9), torch.backends.cuda.matmul
     q, k, v, _ = numbers(rows)
-    with run_kernels(): out, _ = kernel_forward(q, k, v, rows, .3)
+    before, switch.fp32_precision = switch.fp32_precision, how
+    try:
+        assert dot_precision(q) == how
+        with run_kernels(): out, _ = kernel_forward(q, k, v, rows, .3)
+    finally: switch.fp32_precision = before
     assert (out - right(q, k, v, q, rows, .3)[0]).abs().max() < (1e-5 if how == "ieee" else 1e-2)
 
 
