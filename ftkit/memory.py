@@ -67,10 +67,11 @@ def state_bytes(shape:tuple,   # Of a trained tensor
                )->int:
     "What an optimizer keeps on the GPU for a tensor."
     n = prod(shape)
-    if optimizer.startswith("paged") and n >= 100_000: return 0
+    if optimizer.startswith("paged"): return 0
+    if optimizer.startswith("bnb_paged") and n >= 100_000: return 0
     if optimizer == "adafactor": return 4*(sum(shape) if len(shape) > 1 else n)
-    if optimizer.endswith("8bit") and n >= 4096: return 2*n + 2*4*-(-n//256)
-    return 2*(4 if "8bit" in optimizer or "paged" in optimizer else size)*n
+    if optimizer.endswith("_8bit") and n >= 4096: return 2*n + 2*4*-(-n//256)
+    return 4*n if optimizer.endswith("_16bit") else 8*n
 
 # %% ../nbs/71_memory.ipynb #40ef8609
 def _scales(new):
@@ -251,7 +252,8 @@ def check_setting(s:MemorySetting)->MemorySetting:
     if not 0 <= s.learned <= 1: raise FtkitError("must be between 0 and 1", where="learned")
     return s
 
-OPTIMIZERS = "adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit", "adafactor"
+OPTIMIZERS = ("adamw", "adamw_16bit", "adamw_8bit", "paged_adamw", "paged_adamw_8bit",
+              "bnb_adamw_8bit", "bnb_paged_adamw", "bnb_paged_adamw_8bit", "adafactor")
 
 # %% ../nbs/71_memory.ipynb #b861a29d
 def gpu_bytes(text)->int:
@@ -352,4 +354,4 @@ def recipe_setting(recipe)->MemorySetting: # From a `Recipe`
     return MemorySetting(lora=lora, bits=model.bits, weights=weights,
         precision=precision, optimizer=recipe.optim.optimizer, batch_size=train.batch_size,
         length=data.max_length, accumulate=train.accumulate, attn=model.attn,
-        checkpointing=train.gradient_checkpointing, mask=bool(data.packing))
+        checkpointing=bool(train.gradient_checkpointing), mask=bool(data.packing))

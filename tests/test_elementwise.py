@@ -1,10 +1,8 @@
 "Norms, rotary embeddings and gated activations: the kernels against float64, and transformers."
-import os
-import torch
-if not torch.cuda.is_available(): os.environ["TRITON_INTERPRET"] = "1"
-
+import warnings
 from contextlib import nullcontext
 import pytest
+import torch
 from torch.testing import assert_close
 from ftkit.kernels import norm
 from ftkit.kernels.glu import glu_backward, glu_forward
@@ -77,7 +75,8 @@ def test_norm_of_a_sum_in_place(width, kernel):
     weight, dy = fresh(width), fresh(4, width)
     y, dx, _ = exact_norm(x, weight, 0., dy, residual=r, scale=.25)
     expected = r.double() + .25*x.double()
-    with way(kernel): ours, inverse, s = rms_forward(x, weight, 1e-5, residual=r, summed=r, scale=.25)
+    with way(kernel):
+        ours, inverse, s = rms_forward(x, weight, 1e-5, residual=r, summed=r, scale=.25)
     assert s is r
     near(s, expected, torch.float32)
     near(ours, y, torch.float32)
@@ -187,7 +186,8 @@ def exact_turn(x, cos, sin, interleaved=False):
     "[tokens, heads, head_dim] in float64, by complex numbers."
     x, n = x.double(), cos.shape[-1]//2
     part, rest = x[..., :2*n], x[..., 2*n:]
-    pairs = part.unflatten(-1, (n, 2)) if interleaved else part.unflatten(-1, (2, n)).transpose(-1, -2)
+    pairs = part.unflatten(-1, (n, 2) if interleaved else (2, n))
+    if not interleaved: pairs = pairs.transpose(-1, -2)
     turn = torch.complex(cos[:, :n].double(), sin[:, :n].double())
     turned = torch.view_as_complex(pairs.contiguous())*turn.repeat(len(x)//len(cos), 1)[:, None]
     real = torch.view_as_real(turned)
@@ -290,7 +290,6 @@ def test_far_gates_stay_finite(act, kernel):
     gate = torch.tensor([[-6e4, -300., -20., 0., 20., 300., 6e4]], device=dev)
     x = torch.cat((gate, torch.ones_like(gate)), 1)
     with way(kernel), torch.no_grad():
-        import warnings
         with warnings.catch_warnings():
             warnings.simplefilter("ignore") # the interpreter's overflow of exp, then 1/inf
             h, d = glu_forward(x, act), glu_backward(torch.ones_like(gate), x, act)

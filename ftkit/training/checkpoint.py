@@ -21,6 +21,7 @@ def trainer_tensors(model:nn.Module,
                     optimizer,       # A torch optimizer over the model's trainable parameters
                    )->dict:          # Name -> tensor
     "The trainable weights and the optimizer's state, flat and by name."
+    if hasattr(optimizer, "settle"): optimizer.settle() # a GPU may still write to our memory
     out = {}
     for name,p in model.named_parameters():
         if not p.requires_grad: continue

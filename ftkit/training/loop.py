@@ -20,11 +20,12 @@ from torch import Tensor, nn
 from ..core import FtkitError, is_main, rng_state, seed_everything, set_rng_state
 from .checkpoint import (checkpoints, hold, latest_checkpoint, load_checkpoint,
                                        prune_checkpoints, save_checkpoint)
-from .optim import OptimConfig, build_optimizer, build_schedule
+from .optim import (OptimConfig, StepInBackward, build_optimizer, build_schedule,
+                                  clip_and_step)
 from .plan import (Objective, Plan, TrainConfig, ahead, check_weights, deal,
                                  pick_precision)
-from .run import (Callback, Interrupted, JsonlLog, Run, SaveCheckpoints,
-                                StopOnSignal, read_log)
+from .run import (Arriving, Callback, Interrupted, JsonlLog, Run,
+                                SaveCheckpoints, StopOnSignal, read_log)
 
 # %% ../../nbs/64_training.loop.ipynb #9671a886
 class Trainer:
@@ -77,18 +78,29 @@ def _plan(self:Trainer):
     "Everything that can be settled before the first step."
     cfg = self.cfg
     self.precision = pick_precision(cfg.precision, self.device)
-    check_weights(self.model, self.precision)
     self.plan = Plan(len(self.rows), cfg.batch_size, cfg.accumulate, self.world, cfg.seed,
                      self.lengths)
     self.total_steps = cfg.max_steps or math.ceil(cfg.epochs*self.plan.per_epoch)
     self.parameters = [p for p in self.model.parameters() if p.requires_grad]
-    self.optimizer = build_optimizer(self.model, self.optim)
+    self.optimizer = build_optimizer(self.model, self.optim, parts=cfg.step_in_backward)
+    check_weights(self.model, self.precision, rounds=hasattr(self.optimizer, "clip_and_step"))
     self.schedule = build_schedule(self.optimizer, self.optim, self.total_steps)
     self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
-    self.history,self.pending,self.step = [],[],0
+    self.inside = self._inside()
+    self.history,self.pending,self.sent,self.step = [],[],[],0
     self.learned = self.skipped = self.skips_in_a_row = 0
     self.evaluated = self.saved = self._print = None
     self.should_stop = False # a callback may set it
+
+@patch
+def _inside(self:Trainer):
+    "What updates in backward, if anything does."
+    if not self.cfg.step_in_backward: return None
+    if self.world > 1 or self.precision == "fp16":
+        what = "several processes" if self.world > 1 else "precision='fp16'"
+        raise FtkitError(f"gradients cannot be applied at once with {what}",
+                         where="train.step_in_backward", fix="Leave it off")
+    return StepInBackward(self.optimizer, self.optim.max_grad_norm)
 
 # %% ../../nbs/64_training.loop.ipynb #fb3f2d42
 @patch
@@ -97,12 +109,13 @@ def call(self:Trainer, moment:str, *args):
     for c in self.callbacks: getattr(c, moment)(self, *args)
 
 @patch
-def record(self:Trainer, event:str, **values):
-    "Add an entry to the history."
+def record(self:Trainer, event:str, step:int=None, **values):
+    "Add an entry to the history, of this step or of an earlier one."
+    step = self.step if step is None else step
     odd = {k for k,v in values.items() if isinstance(v, float) and not math.isfinite(v)}
     values = {k: None if k in odd else v for k,v in values.items()}
-    epoch = round(self.step/self.plan.per_epoch, 4)
-    self.history.append(dict(event=event, step=self.step, epoch=epoch, **values))
+    epoch = round(step/self.plan.per_epoch, 4)
+    self.history.append(dict(event=event, step=step, epoch=epoch, **values))
     self.call("on_record", self.history[-1])
 
 # %% ../../nbs/64_training.loop.ipynb #ac8392a5
@@ -168,10 +181,8 @@ def take_step(self:Trainer, ready:StepBatches):
             self.accelerator.backward(self.scaler.scale(loss*(weight*self.world/count)))
         sums = sums + weight*torch.stack([loss, *metrics.values()]).detach()
     self.names = list(metrics)
-    self.scaler.unscale_(self.optimizer)
-    norm = nn.utils.clip_grad_norm_(self.parameters, self.optim.max_grad_norm or math.inf)
-    self.scaler.step(self.optimizer)
-    self.scaler.update()
+    if self.inside: norm = self.inside.finish()
+    else: norm = clip_and_step(self.optimizer, self.scaler, self.optim.max_grad_norm)
     self.optimizer.zero_grad()
     self.step += 1
     self.pending.append((torch.cat([sums, norm.reshape(1)]), ready.count, ready.tokens))
@@ -199,20 +210,34 @@ def check_numbers(self:Trainer,
 
 # %% ../../nbs/64_training.loop.ipynb #ac17a847
 @patch
-def read(self:Trainer):
-    "Bring the pending steps' numbers to the CPU, check them, and record their mean."
+def send(self:Trainer):
+    "Start the pending steps' numbers on their way to the CPU."
     if not self.pending: return
     stats,counts,tokens = zip(*self.pending)
     beside = torch.tensor([counts, tokens], dtype=torch.float32).T
-    table = self.over_ranks(torch.cat([torch.stack(stats).cpu(), beside], 1)).double().cpu()
-    first,self.pending = self.step - len(stats) + 1,[]
+    if self.device.type == "cuda": beside = beside.pin_memory()
+    stats = torch.stack(stats)
+    table = torch.cat([stats, beside.to(stats.device, non_blocking=True)], 1)
+    self.sent.append((Arriving(self.over_ranks(table)), self.step, self.lr))
+    self.pending = []
+
+@patch
+def read(self:Trainer, keep:int=0):
+    "Take the numbers that were sent, all but the last `keep` times, and record their means."
+    self.send()
+    while len(self.sent) > keep: self._read_one(*self.sent.pop(0))
+
+@patch
+def _read_one(self:Trainer, arriving, step, lr):
+    "Check the numbers of the steps up to `step`, and record their mean."
+    table = arriving.take().double()
     loss,norm,count = table[:,0],table[:,-3]/self.world,table[:,-2]
-    self.check_numbers(first, loss, norm)
+    self.check_numbers(step - len(table) + 1, loss, norm)
     good = loss.isfinite() & norm.isfinite()
     means = (table[good].sum(0)/count[good].sum()).tolist() # nan where no step was good
     self.learned += int(count.sum())
     seconds,self.clock = time.perf_counter() - self.clock,time.perf_counter()
-    self.record("train", loss=means[0], **dict(zip(self.names, means[1:])), lr=self.lr,
+    self.record("train", step, loss=means[0], **dict(zip(self.names, means[1:])), lr=lr,
                 grad_norm=norm[-1].item(), learned=self.learned, skipped=self.skipped,
                 tokens_per_second=round(table[:,-1].sum().item()/max(seconds, 1e-9)))
 
@@ -265,6 +290,7 @@ def fingerprint(self:Trainer)->dict:
                objective=type(self.objective).__name__,
                **{f"optim.{k}": v for k,v in asdict(self.optim).items()})
     if self.lengths is not None: out["grouped"] = True
+    if self.inside: out["step_in_backward"] = True
     self._print = json.loads(json.dumps(out)) # as it will come back
     return self._print
 
@@ -277,7 +303,8 @@ def checkpoint(self:Trainer)->Path: # None without a work_dir
     self.read() # what is not a number must not be saved
     states = gather_object([rng_state()])
     plain = dict(fingerprint=self.fingerprint(), rng=[p for p,_ in states],
-                 scaler=self.scaler.state_dict(), counters={k: getattr(self, k) for k in COUNTERS})
+                 scaler=self.scaler.state_dict(), counters={k: getattr(self, k) for k in COUNTERS},
+                 factor=float(self.inside.factor) if self.inside else None)
     tensors = {f"rank{i}.{k}": v for i,(_,ts) in enumerate(states) for k,v in ts.items()}
     if is_main():
         save_checkpoint(self.work_dir, self.step, self.model, self.optimizer, plain, tensors,
@@ -302,6 +329,7 @@ def restore(self:Trainer, folder):
     self.step = self.saved = plain["step"]
     for k,v in plain["counters"].items(): setattr(self, k, v)
     if self.scaler.is_enabled(): self.scaler.load_state_dict(plain["scaler"])
+    if self.inside: self.inside.factor.fill_(plain.get("factor") or 1.)
     mine = f"rank{self.rank}."
     rng = {k.removeprefix(mine): v for k,v in tensors.items() if k.startswith(mine)}
     set_rng_state(plain["rng"][self.rank], rng)
@@ -331,9 +359,8 @@ def start(self:Trainer, resume):
 @contextmanager
 def training_mode(self:Trainer):
     "The model wrapped and in training mode; unwrapped and in evaluation mode afterwards."
-    recompute = nullcontext()
-    if self.cfg.gradient_checkpointing: recompute = _recompute(self.model)
-    with recompute:
+    recompute = _recompute(self.model) if self.cfg.gradient_checkpointing else nullcontext()
+    with recompute, self.inside.hooks() if self.inside else nullcontext():
         self.wrapped = self.accelerator.prepare_model(self.model, device_placement=False)
         self.model.train()
         self.clock = time.perf_counter()
@@ -388,7 +415,8 @@ def fit(self:Trainer,
 def report(self:Trainer):
     "What is due after a step."
     cfg = self.cfg
-    if self.step % cfg.log_every == 0 or self.step == self.total_steps: self.read()
+    if self.step == self.total_steps: self.read()
+    elif self.step % cfg.log_every == 0: self.read(keep=int(self.device.type == "cuda"))
     if cfg.eval_every and self.step % cfg.eval_every == 0: self.evaluate()
     if self.step % self.plan.per_epoch == 0: self.call("after_epoch")
     self.call("after_step")

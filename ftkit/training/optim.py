@@ -4,14 +4,17 @@
 
 # %% auto #0
 __all__ = ['LIMITS', 'NONE', 'SHAPES', 'FUSED', 'OPTIMIZERS', 'OptimConfig', 'warmup_length', 'learning_rate', 'decay_groups',
-           'parameter_groups', 'build_optimizer', 'build_schedule']
+           'parameter_groups', 'build_optimizer', 'clip_and_step', 'StepInBackward', 'build_schedule']
 
 # %% ../../nbs/62_training.optim.ipynb #dc541be4
 import math
+from contextlib import contextmanager
 from dataclasses import dataclass
 import torch
 from torch import nn
 from ..core import FtkitError, need, say, unknown_name
+from ..kernels.adamw import FlatAdamW
+from ..kernels.launch import use_kernels
 from ..lora.inject import lora_second_factors
 from ..lora.modules import TokenRows
 
@@ -29,7 +32,7 @@ class OptimConfig:
     min_lr:float|None = None     # The same as a learning rate, in place of `min_lr_ratio`
     max_grad_norm:float = 1.     # Gradients longer than this are scaled down; 0 leaves them alone
     schedule:str = "cosine"      # "cosine", "linear" or "constant", after the warm-up
-    optimizer:str = "adamw"      # adamw, adamw_8bit, paged_adamw, paged_adamw_8bit, adafactor
+    optimizer:str = "adamw"      # adamw, adamw_8bit, paged_adamw, paged_adamw_8bit, adafactor, …
     lora_plus_ratio:float = 1.   # LoRA+: the learning rate of B, as a multiple of that of A
 
     def check(self)->"OptimConfig":
@@ -112,35 +115,110 @@ def parameter_groups(model:nn.Module,
 # %% ../../nbs/62_training.optim.ipynb #7ce76cdf
 FUSED = {"cuda", "cpu"} # Devices with a fused AdamW kernel in every torch that ftkit supports
 
-def _adamw(groups, cfg):
-    fused = {p.device.type for g in groups for p in g["params"]} <= FUSED
+def _all(groups): return [p for g in groups for p in g["params"]]
+
+def _torchs(groups, cfg):
+    fused = {p.device.type for p in _all(groups)} <= FUSED
     return torch.optim.AdamW(groups, lr=cfg.lr, betas=tuple(cfg.betas), eps=cfg.eps, fused=fused)
 
-def _adafactor(groups, cfg): return torch.optim.Adafactor(groups, lr=cfg.lr)
+def _adafactor(groups, cfg, tables): return torch.optim.Adafactor(groups, lr=cfg.lr)
 
-def _of_bitsandbytes(groups, cfg):
-    bnb = need("bitsandbytes", "gpu", f"optim.optimizer={cfg.optimizer}")
-    kind = dict(adamw_8bit="AdamW8bit", paged_adamw="PagedAdamW32bit",
-                paged_adamw_8bit="PagedAdamW8bit")[cfg.optimizer]
-    return getattr(bnb.optim, kind)(groups, lr=cfg.lr, betas=tuple(cfg.betas), eps=cfg.eps)
+def _flat(bits, host=False):
+    "A function that builds the optimizer with averages of so many bits."
+    def build(groups, cfg, tables):
+        first = _all(groups)[0]
+        if first.is_cuda and not use_kernels(first): # no Triton
+            return _torchs(groups, cfg) if (bits, host) == (32, False) else _bnb(groups, cfg, tables)
+        return FlatAdamW(groups, lr=cfg.lr, betas=tuple(cfg.betas), eps=cfg.eps, bits=bits,
+                         max_grad_norm=cfg.max_grad_norm, host=host, wide=tables)
+    return build
 
-OPTIMIZERS = dict(adamw=_adamw, adafactor=_adafactor, adamw_8bit=_of_bitsandbytes,
-                  paged_adamw=_of_bitsandbytes, paged_adamw_8bit=_of_bitsandbytes)
-
-def build_optimizer(model:nn.Module,
-                    cfg:OptimConfig
-                   )->torch.optim.Optimizer: # Its groups are those of `parameter_groups`
-    "The optimizer that `cfg` names, over the trainable parameters of `model`."
-    optimizer = OPTIMIZERS[cfg.check().optimizer](parameter_groups(model, cfg), cfg)
-    if cfg.optimizer.endswith("8bit"): _embeddings_in_32_bits(model, optimizer)
-    return optimizer
+def _adamw(groups, cfg, tables):
+    ps = _all(groups)
+    plain = {p.dtype for p in ps} == {torch.float32} and not use_kernels(ps[0])
+    odd = len({p.device for p in ps}) > 1 or not all(p.is_contiguous() for p in ps)
+    return _torchs(groups, cfg) if plain or odd else _flat(32)(groups, cfg, tables)
 
 # %% ../../nbs/62_training.optim.ipynb #9963a47d
-def _embeddings_in_32_bits(model, optimizer):
+def _bnb(groups, cfg, tables):
+    bnb = need("bitsandbytes", "gpu", f"optim.optimizer={cfg.optimizer}")
+    kind = dict(adamw_8bit="AdamW8bit", paged_adamw="PagedAdamW32bit",
+                paged_adamw_8bit="PagedAdamW8bit").get(cfg.optimizer.removeprefix("bnb_"))
+    if not kind:
+        raise FtkitError("needs Triton on a GPU, which is not here",
+                         where=f"optim.optimizer={cfg.optimizer}", fix="Take adamw or adamw_8bit")
+    out = getattr(bnb.optim, kind)(groups, lr=cfg.lr, betas=tuple(cfg.betas), eps=cfg.eps)
+    if not kind.endswith("8bit"): return out
+    out.mng = object.__new__(type(out.mng))
+    out.mng.initialize()
+    out.mng.override_config(tables, "optim_bits", 32)
+    return out
+
+# %% ../../nbs/62_training.optim.ipynb #c3840507
+OPTIMIZERS = dict(adamw=_adamw, adamw_16bit=_flat(16), adamw_8bit=_flat(8),
+                  paged_adamw=_flat(32, host=True), paged_adamw_8bit=_flat(8, host=True),
+                  bnb_adamw_8bit=_bnb, bnb_paged_adamw=_bnb, bnb_paged_adamw_8bit=_bnb,
+                  adafactor=_adafactor)
+
+def build_optimizer(model:nn.Module,
+                    cfg:OptimConfig,
+                    parts:bool=False # Whether parameters are to step one by one, in backward
+                   )->torch.optim.Optimizer: # Its groups are those of `parameter_groups`
+    "The optimizer that `cfg` names, over the trainable parameters of `model`."
+    build,groups = OPTIMIZERS[cfg.check().optimizer],parameter_groups(model, cfg)
+    if parts and build is _adamw: build = _flat(32)
     tables = [p for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()]
-    optimizer.mng = object.__new__(type(optimizer.mng))
-    optimizer.mng.initialize()
-    optimizer.mng.override_config(tables, "optim_bits", 32)
+    out = build(groups, cfg, tables)
+    if parts and not hasattr(out, "step_part"):
+        raise FtkitError(f"optim.optimizer={cfg.optimizer} cannot step a part of the weights",
+                         where="train.step_in_backward", fix="Take adamw or adamw_8bit")
+    return out
+
+# %% ../../nbs/62_training.optim.ipynb #74717040
+def clip_and_step(optimizer,
+                  scaler,        # A `torch.amp.GradScaler`, enabled or not
+                  max_norm:float # Longest gradient; 0 for any
+                 )->torch.Tensor: # Norm of the gradients, 0-d
+    "Clip all gradients to a norm, and step."
+    if not hasattr(optimizer, "clip_and_step"):
+        scaler.unscale_(optimizer)
+        norm = nn.utils.clip_grad_norm_(_all(optimizer.param_groups), max_norm or math.inf)
+        scaler.step(optimizer)
+    elif scaler.is_enabled():
+        optimizer.max_grad_norm = max_norm
+        scaler.step(optimizer)
+        norm = optimizer.norm
+    else: norm = optimizer.clip_and_step(max_norm)
+    scaler.update()
+    return norm
+
+# %% ../../nbs/62_training.optim.ipynb #d61b854a
+class StepInBackward:
+    "Applies gradients as soon as backward has them, scaled by the norm of the step before."
+    def __init__(self,
+                 optimizer,      # With `step_part`
+                 max_norm:float): # 0 for no clipping
+        self.optimizer,self.max_norm = optimizer,max_norm
+        self.factor = torch.ones((), device=_all(optimizer.param_groups)[0].device)
+
+    def _apply(self, p): self.optimizer.step_part([p], self.factor)
+
+    @contextmanager
+    def hooks(self):
+        "While it is open, backward updates the weights."
+        hooks = [p.register_post_accumulate_grad_hook(self._apply)
+                 for p in _all(self.optimizer.param_groups)]
+        try: yield
+        finally:
+            for h in hooks: h.remove()
+
+    def finish(self)->torch.Tensor: # 0-d
+        "The norm of the step's gradients, from which the next factor comes."
+        norm = self.optimizer.parts_norm()/self.factor
+        if self.max_norm:
+            factor = (self.max_norm/(norm + 1e-6)).clamp(max=1)
+            self.factor = torch.where(norm.isfinite(), factor, self.factor)
+        return norm
 
 # %% ../../nbs/62_training.optim.ipynb #0e933e9b
 def build_schedule(optimizer,
