@@ -67,6 +67,10 @@ def _seeds(*projections):
 
 def _onto(x, y, factor): return torch.add(x, y, alpha=factor, out=y)
 
+def _before(norm, dy, kept):
+    "The gradient before a norm that stands behind a half, if there is one; of its weight."
+    return norm.backward(dy, kept.y, norm.forward(kept.y)[1]) if norm else (dy, ())
+
 def _widened(dy, projection, factor):
     "A gradient times a factor, with room for a projection's ranks."
     if factor == 1 and not getattr(projection, "R", 0): return dy
@@ -86,12 +90,26 @@ class AttentionHalf:
     head_dim:int
     scale:float              # Of the scores
     window:int=None          # Tokens that a token sees at most
+    softcap:float=None       # Bound of the scores
     interleaved:bool=False   # Whether the rotation pairs neighbours
     factor:float=1.          # µ
+    qk:tuple=()              # Norms of the heads of q and k, or none
+    after:Norm=None          # Norm of what is added to the residual
+
+    @property
+    def norms(self)->tuple:
+        "All norms, in the order of `trainable`."
+        return (self.norm, *self.qk, *((self.after,) if self.after else ()))
 
     @property
     def trainable(self)->tuple:
-        return self.norm.trainable + self.qkv.trainable + self.o.trainable
+        return (*(w for n in self.norms for w in n.trainable), *self.qkv.trainable,
+                *self.o.trainable)
+
+    @property
+    def how(self)->dict:
+        "What attention is told."
+        return dict(scale=self.scale, window=self.window, softcap=self.softcap)
 
     def split(self, qkv):
         "q, k and v as views, [T, heads, head_dim]."
@@ -110,7 +128,18 @@ def project(self:AttentionHalf, x, call, kept):
     normed = room(self.qkv, *x.shape, x)
     self.norm.forward(x, normed[:,:x.shape[1]])
     kept.qkv,kept.xa_qkv = self.qkv.project(normed, seed=kept.seeds[0])
-    self.rotate(kept.qkv, call)
+    if not self.qk: self.rotate(kept.qkv, call)
+
+@patch
+def ready(self:AttentionHalf, call, kept):
+    "q, k and v as attention takes them; with norms of their own, these are computed anew."
+    if not self.qk: return tuple(self.split(kept.qkv))
+    qkv = torch.empty_like(kept.qkv)
+    parts,raw = tuple(self.split(qkv)),tuple(self.split(kept.qkv))
+    for norm,t,source in zip(self.qk, parts, raw): norm.forward(source, t)
+    parts[2].copy_(raw[2])
+    self.rotate(qkv, call)
+    return parts
 
 @patch
 def forward(self:AttentionHalf,
@@ -122,33 +151,35 @@ def forward(self:AttentionHalf,
     if not hasattr(kept, "seeds"): kept.seeds = _seeds(self.qkv, self.o)
     if not hasattr(kept, "qkv"): self.project(x, call, kept)
     if not hasattr(kept, "attended"):
-        kept.attended = attend_forward(*self.split(kept.qkv), call.rows, scale=self.scale,
-                                       backend=call.backend, window=self.window)
+        kept.attended = attend_forward(*self.ready(call, kept), call.rows, backend=call.backend,
+                                       **self.how)
     y,kept.xa_o = self.o.project(kept.attended[0].flatten(1), seed=kept.seeds[1])
+    if self.after: kept.y,y = y,self.after.forward(y)[0]
     return _onto(x, y, self.factor)
 
 # %% ../nbs/72_decoder.ipynb #5055b712
 @patch
 def attention_gradient(self:AttentionHalf, d_out, call, kept):
-    "The gradient of q, k and v before the rotation, with room behind it."
+    "The gradient of q, k and v as projected, with room behind it; those of their norms' weights."
     out,saved = kept.attended
     wide = room(self.qkv, *kept.qkv.shape, kept.qkv)
     d_qkv = wide[:,:kept.qkv.shape[1]]
-    views = tuple(self.split(d_qkv))
-    found = attend_backward(d_out.view_as(out), *self.split(kept.qkv), out, saved, call.rows,
-                            scale=self.scale, backend=call.backend, window=self.window,
-                            **dict(zip(("dq", "dk", "dv"), views)))
-    for view,d in zip(views, found):
-        if d.data_ptr() != view.data_ptr(): view.copy_(d)
+    dq,dk,dv = self.split(d_qkv)
+    attend_backward(d_out.view_as(out), *self.ready(call, kept), out, saved, call.rows,
+                    backend=call.backend, dq=dq, dk=dk, dv=dv, **self.how)
     self.rotate(d_qkv, call, back=True)
-    return wide
+    grads = ()
+    for norm,d,raw in zip(self.qk, (dq, dk), self.split(kept.qkv)):
+        grads += norm.backward(d, raw, norm.forward(raw)[1], out=d)[1]
+    return wide, grads
 
 @patch
 def backward(self:AttentionHalf, d_middle, x, call, kept, need_x=True)->tuple:
     "Gradient of x, written over `d_middle` [T, D]; those of `trainable`."
-    dy,seeds,out = _widened(d_middle, self.o, self.factor),kept.seeds,kept.attended[0].flatten(1)
+    dy,of_after = _before(self.after, d_middle, kept)
+    dy,seeds,out = _widened(dy, self.o, self.factor),kept.seeds,kept.attended[0].flatten(1)
     d_out,of_o = self.o.project_backward(dy, out, kept.xa_o, seed=seeds[1])
-    d_qkv = self.attention_gradient(d_out, call, kept)
+    d_qkv,of_qk = self.attention_gradient(d_out, call, kept)
     xa,kept.qkv,kept.attended = kept.xa_qkv,None,None
     del dy, out, d_out
     normed,inverse = self.norm.forward(x)
@@ -157,7 +188,7 @@ def backward(self:AttentionHalf, d_middle, x, call, kept, need_x=True)->tuple:
     del d_qkv, normed
     dx,of_norm = None,()
     if need: dx,of_norm = self.norm.backward(d_normed, x, inverse, add=d_middle, out=d_middle)
-    return dx, of_norm + of_qkv + of_o
+    return dx, of_norm + of_qk + of_after + of_qkv + of_o
 
 # %% ../nbs/72_decoder.ipynb #c821cf5b
 @dataclass(eq=False)
@@ -168,10 +199,12 @@ class MlpHalf:
     down:object        # `Projection`
     act:str="silu"     # Of the gate
     factor:float=1.    # µ
+    after:Norm=None    # Norm of what is added to the residual
 
     @property
     def trainable(self)->tuple:
-        return self.norm.trainable + self.gate_up.trainable + self.down.trainable
+        after = self.after.trainable if self.after else ()
+        return self.norm.trainable + after + self.gate_up.trainable + self.down.trainable
 
     def slices(self, tokens, piece):
         "The pieces of so many tokens."
@@ -206,7 +239,8 @@ def forward_piece(self:MlpHalf, middle, out):
     self.project(normed, kept)
     h = room(self.down, len(middle), width, middle)
     glu_forward(kept.gate_up[:,:self.gate_up.out_features], self.act, out=h[:,:width])
-    _,kept.xa_down = self.down.project(h, out, seed=kept.seeds[1])
+    y,kept.xa_down = self.down.project(h, None if self.after else out, seed=kept.seeds[1])
+    if self.after: kept.y,_ = y,self.after.forward(y, out)
     _onto(middle, out, self.factor)
     return kept
 
@@ -227,12 +261,13 @@ def backward_piece(self:MlpHalf, dy, middle, kept, out):
     normed = room(self.gate_up, *middle.shape, middle)
     plain,inverse = self.norm.forward(middle, normed[:,:middle.shape[1]])
     if not hasattr(kept, "gate_up"): self.project(normed, kept)
-    of_down = self.down_gradient(_widened(dy, self.down, self.factor), kept)
+    d_y,of_after = _before(self.after, dy, kept)
+    of_down = self.down_gradient(_widened(d_y, self.down, self.factor), kept)
     wide,kept.gate_up = kept.gate_up,None
     d_normed,of_up = self.gate_up.project_backward(wide, plain, kept.xa_up, seed=kept.seeds[0])
     del wide, normed, plain
     _,of_norm = self.norm.backward(d_normed, middle, inverse, add=dy, out=out)
-    return of_norm + of_up + of_down
+    return of_norm + of_after + of_up + of_down
 
 @patch
 def down_gradient(self:MlpHalf, dy, kept):
@@ -279,7 +314,10 @@ def __call__(self:Layer,
     with _no_autocast(x): y,_,_ = self.forward(_flat(x, call), call)
     return y.view(x.shape)
 
-def _flat(x, call): return x.detach().reshape(-1, x.shape[-1]).to(call.dtype)
+def _flat(x, call):
+    "As a matrix with contiguous rows, in the type that is computed in."
+    x = x.detach().reshape(-1, x.shape[-1]).to(call.dtype)
+    return x if x.stride(1) == 1 else x.contiguous()
 
 @patch
 def forward(self:Layer, x, call):
@@ -296,6 +334,7 @@ def keep(self:Layer, kept, middle, call):
     keeps = self.saving.keeps
     for name in ("qkv", "attended"):
         if name not in keeps: delattr(kept.first, name)
+    if self.attention.after and "middle" not in keeps: del kept.first.y
     if self.mlp and "gate_up" not in keeps:
         for piece in kept.second.pieces: del piece.gate_up, piece.xa_up
     if self.mlp and "middle" in keeps: kept.middle = middle
@@ -316,7 +355,8 @@ def backward(self:Layer, dy, kept, call, need_x=True)->tuple:
         kept.middle = middle = None
     else: d_middle.copy_(dy)
     if not (need_x or self.attention.trainable): return None, of_mlp
-    if not hasattr(first, "attended"): self.attention.forward(x, call, first)
+    after = self.attention.after and not hasattr(first, "y")
+    if after or not hasattr(first, "attended"): self.attention.forward(x, call, first)
     elif not hasattr(first, "qkv"): self.attention.project(x, call, first)
     dx,of_attention = self.attention.backward(d_middle, x, call, first, need_x)
     return dx, of_attention + of_mlp

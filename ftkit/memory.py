@@ -18,6 +18,7 @@ from torch import nn
 from .activations import (METHODS, MemorySetting, _adapter_type, _inner, _last, _reads, _size,
                                layer_keeps)
 from .core import DTYPES, FtkitError, unknown_name
+from .kernels.loss import piece_rows
 from .lora.inject import _is_head, _linears, add_lora, lora_layers
 from .models.shapes import empty_model
 from .options import change
@@ -97,12 +98,11 @@ def resident(model, s:MemorySetting)->dict: # Name of a part → bytes
             "optimizer": sum(state_bytes(*t, s.optimizer) for t in trained)}
 
 # %% ../nbs/71_memory.ipynb #190a4bad
-def logits_bytes(s:MemorySetting, words:int)->tuple: # In the forward pass; in the backward pass
-    "The largest sizes of the logits with their copies, and with their gradients."
-    tokens,learned,size = s.tokens,round(s.learned*s.tokens),_inner(s)
-    chosen = size + 4 if size < 4 else 4 # the learned ones, and once more in float32
-    forward = max(size*tokens + chosen*learned, 8*learned)
-    return forward*words, max(12*learned, size*(tokens + learned))*words
+def logits_bytes(s:MemorySetting, words:int, hidden:int=0)->int:
+    "The logits of a piece of the rows; what the head reads of all, and the gradient of that."
+    learned,size = round(s.learned*s.tokens),_inner(s)
+    piece = min(learned, piece_rows(learned, words, size))
+    return piece*words*size + 2*learned*hidden*size
 
 # %% ../nbs/71_memory.ipynb #5632b727
 def half_copies(model, s:MemorySetting)->dict: # "all", "head" and "layer" (the largest) → bytes
@@ -177,7 +177,8 @@ def moments(model,          # On the device "meta", without LoRA layers
     "What is on the GPU at the moments of a step that may be the worst."
     stay,grads,copies = resident(model, s),gradient_bytes(model, s),half_copies(model, s)
     kept,(mask,last) = _kept(model, s),_ends(model, s)
-    forward,loss = logits_bytes(s, model.get_output_embeddings().weight.shape[0])
+    logits = logits_bytes(s, model.get_output_embeddings().weight.shape[0],
+                          model.config.hidden_size)
     stream = _size(s.weights)*model.config.hidden_size*s.tokens
     saved = mask + (len(kept)*stream if s.checkpointing else sum(kept))
     work = max(working_space(m, model.config, s) for m in decoder_layers(model).values())
@@ -187,8 +188,8 @@ def moments(model,          # On the device "meta", without LoRA layers
         return {**stay, "gradients": gradients, "16-bit copies": copies,
                 "activations": activations, "one layer": layer, "logits": logits}
     return {**_before(model, s, now(0)),
-        "forward": now(grads["before"], copies["all"], saved + last, 0, forward),
-        "loss": now(grads["before"], held + copies["head"], saved + last, 0, loss),
+        "forward": now(grads["before"], copies["all"] - copies["head"], saved + last),
+        "loss": now(grads["top"], held + copies["head"], saved + last, 0, logits),
         "top layer": now(grads["top"], held or copies["layer"], saved, again),
         "bottom layer": now(grads["bottom"], copies["layer"], mask + stream, work + max(kept)),
         "update": now(grads["update"])}

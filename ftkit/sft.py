@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NOT_FOR_THE_MODEL', 'learned_places', 'packed_mask', 'one_sample_each', 'logits_loss', 'SupervisedTuning',
-           'looks_near', 'PreTraining']
+           'looks_near', 'borders', 'PreTraining']
 
 # %% ../nbs/74_sft.ipynb #e85b02f0
 import torch
@@ -13,6 +13,7 @@ from fastcore.basics import patch
 from torch import Tensor
 from .data.encode import IGNORE
 from .data.packing import block_causal
+from .fast import is_fast
 from .kernels.loss import head_input, linear_cross_entropy, plain_head
 from .training.plan import Objective
 
@@ -89,10 +90,18 @@ def looks_near(config, # A transformers configuration
 # %% ../nbs/74_sft.ipynb #ef0f262e
 NOT_FOR_THE_MODEL = ("labels", "places", "wanted", "weights", "counts", "cu_seqlens", "max_seqlen")
 
+def borders(batch:dict # With cu_seqlens and max_seqlen
+           )->dict:    # The same by the names of transformers' models
+    "Where the samples of packed rows end."
+    cu,longest = batch["cu_seqlens"],batch["max_seqlen"]
+    return dict(cu_seq_lens_q=cu, cu_seq_lens_k=cu, max_length_q=longest, max_length_k=longest)
+
 @patch
 def inputs(self:SupervisedTuning, model, batch:dict)->dict:
     "What the model is given."
     out = {k: v for k,v in batch.items() if k not in NOT_FOR_THE_MODEL}
+    if "position_ids" in out and "attention_mask" not in out and "cu_seqlens" in batch \
+        and is_fast(model): return {**out, **borders(batch)}
     mask,kind = out.get("attention_mask"),batch["input_ids"].device.type
     half = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
     dtype = half or next(model.parameters()).dtype

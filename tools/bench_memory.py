@@ -196,8 +196,8 @@ def report(name, shape, s, device, bounds):
         good &= fine
         print(f"{part:20} {found/1e6:12,.1f} {said/1e6:12,.1f}  {ratio:.4f}{'' if fine else '  !'}")
     sums = {m: sum(parts.values()) for m,parts in ledger.moments.items()}
-    said = dict(forward=sums["forward"], update=sums["update"],
-                backward=max(sums[m] for m in ("loss", "top layer", "bottom layer")))
+    said = dict(forward=max(sums["forward"], sums["loss"]), update=sums["update"],
+                backward=max(sums["top layer"], sums["bottom layer"]))
     for moment,found in more["peaks"].items():
         print(f"  peak of {moment:10} {found/1e6:12,.1f} {said[moment]/1e6:12,.1f}  "
               f"{said[moment]/found:.4f}")

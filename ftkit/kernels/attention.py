@@ -44,7 +44,8 @@ class Rows:
 
     def __repr__(self):
         if not self.packed: return f"Rows({self.batch} × {self.seq})"
-        return f"Rows({len(self.cu_seqlens) - 1} samples, longest {self.longest}, {self.total} in all)"
+        n = len(self.cu_seqlens) - 1
+        return f"Rows({n} samples, {self.total} tokens, longest {self.longest})"
 
 # %% ../../nbs/55_kernels.attention.ipynb #80c7ac0a
 def _bounds(rows, device):
@@ -290,9 +291,10 @@ def check_heads(q:Tensor, k:Tensor, v:Tensor, # [tokens, heads, head_dim], kv_he
     "Raise a ValueError unless the three fit together and to `rows`."
     shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
     if not q.ndim == k.ndim == v.ndim == 3 or k.shape != v.shape or q.shape[::2] != k.shape[::2]:
-        raise ValueError(f"attention wants [tokens, heads, head_dim], the same but for heads: {shapes}")
+        raise ValueError(f"attention wants [tokens, heads, head_dim], alike but for heads: {shapes}")
     if not k.shape[1] or q.shape[1] % k.shape[1]:
-        raise ValueError(f"attention: {q.shape[1]} heads of queries do not share {k.shape[1]} of keys")
+        raise ValueError(f"attention: {q.shape[1]} heads of queries do not share "
+                         f"{k.shape[1]} of keys")
     if len(q) != rows.total: raise ValueError(f"attention: {len(q)} tokens, but {rows}")
     if not q.dtype == k.dtype == v.dtype or not q.device == k.device == v.device:
         raise ValueError("attention: q, k and v differ in type or device: " + ", ".join(

@@ -7,11 +7,12 @@ __all__ = ['Part', 'why_not', 'Projection']
 
 # %% ../../nbs/68_kernels.lora.ipynb #ec6b2d71
 from dataclasses import dataclass
+from types import SimpleNamespace
 import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
 from ..core import FtkitError
-from .edges import SCRATCH, Moves, Scratch, dropped, unpack
+from .edges import SCRATCH, Moves, Scratch, dropped, product, unpack
 from ..lora.layers import LoraLinear
 from ..quant.linear import QLinear
 
@@ -34,6 +35,7 @@ class Part:
         if type(self.base) is not QLinear: own.append(("weight", self.base.weight))
         return [(n, p) for n,p in own if p is not None and p.requires_grad]
 
+# %% ../../nbs/68_kernels.lora.ipynb #58217d73
 def _parts(modules):
     "The parts in order, and how many ranks they have together."
     parts,row,rank = [],0,0
@@ -77,29 +79,33 @@ class Projection:
         self.modules = tuple(modules)
         if (why := why_not(self.modules)): raise FtkitError(f"not one projection: {why}")
         self.parts,ranks = _parts(self.modules)
-        self.N,self.K,self.R = self.parts[-1].rows.stop,modules[0].in_features,-(-ranks//16)*16
+        self.N,self.K,self.R = self.parts[-1].rows.stop,self.modules[0].in_features,-(-ranks//16)*16
+        self.out_features,self.in_features = self.N,self.K
         self.scratch,self.piece = scratch or SCRATCH,piece
-        self.trainable = tuple(p for part in self.parts for _,p in part.trained())
+        self.trained = [(part, *t) for part in self.parts for t in part.trained()]
+        self.trainable = tuple(t for _,_,t in self.trained)
+        self.learns = any(name in ("A", "B") for _,name,_ in self.trained)
+        self.factors = [t for p in self.parts if p.lora for t in (p.lora.A, p.lora.B)]
+        self.quantized = all(type(p.base) is QLinear for p in self.parts)
         self.layout = tuple((p.rows.stop, p.ranks.stop) for p in self.parts)
-        self.matrix,self.hooks,self.moves,self.gathers = None,[],None,None
+        self.matrix = self.views = self.moves = self.gathers = self.shared = None
+        self.hooks = []
 
     why_not = staticmethod(why_not)
 
-    @property
-    def out_features(self)->int: return self.N
+# %% ../../nbs/68_kernels.lora.ipynb #aab52c89
+@patch(as_prop=True)
+def enabled(self:Projection)->bool:
+    "Whether LoRA takes part."
+    return self.R > 0 and next(p.lora.enabled for p in self.parts if p.lora)
 
-    @property
-    def in_features(self)->int: return self.K
+@patch(as_prop=True)
+def dropping(self:Projection)->bool:
+    "Whether there is dropout, for which a seed is needed."
+    return any(p.dropout for p in self.parts)
 
-    @property
-    def enabled(self)->bool:
-        "Whether LoRA takes part."
-        return self.R > 0 and next(p.lora.enabled for p in self.parts if p.lora)
-
-    @property
-    def dropping(self)->bool:
-        "Whether there is dropout, for which a seed is needed."
-        return any(p.dropout for p in self.parts)
+@patch(as_prop=True)
+def _deferred(self:Projection): return self.shared is not None and self.shared.defer
 
 # %% ../../nbs/68_kernels.lora.ipynb #5072f74e
 @patch
@@ -120,29 +126,62 @@ def edges(self:Projection, A:Tensor, sB:Tensor)->tuple:
     return srcs,dsts,[s for p in some for s in (1., p.lora.scaling)]
 
 # %% ../../nbs/68_kernels.lora.ipynb #cd05a9c7
+class _Views:
+    "The parts of a matrix of [N + R, K + R]."
+    def __init__(self, M, N, K):
+        self.M,self.W,self.sB,self.A = M,M[:N,:K],M[:N,K:],M[N:,:K]
+        self.across,self.down = M[:N],M[:,:K]
+
+    def pieces(self): return [(None, self.W)]
+
 @patch
-def _matrix(self:Projection, dtype, device, fresh):
-    "The whole matrix, [N + R, K + R]; None where the weights come one by one."
-    M,small = self.matrix,self.piece and self.piece < self.N
-    if M is not None and M.dtype != dtype: raise FtkitError(
-        f"the weights are held in {M.dtype}, and the input is in {dtype}", fix="release() them")
-    there = M is not None
+def _views(self:Projection, x, fresh):
+    "The matrix in its parts; if there is none, factors in memory of their own."
+    V = self.views
+    if V is not None: self._check_held(x.dtype)
+    elif self._loose(x.dtype): return self._factors(x)
+    else: V,fresh = self._scratched(x.dtype, x.device, fresh)
+    if fresh and self.R and not (self.shared and self.views): self.spread(V.A, V.sB)
+    return V
+
+# %% ../../nbs/68_kernels.lora.ipynb #57cc6cb6
+@patch
+def _scratched(self:Projection, dtype, device, fresh):
+    "Shared memory with the weights in it, and whether the factors have to be written."
+    key = (self.layout, self.K, dtype, device)
+    M = self.scratch.take(key, self.N + self.R, self.K + self.R, dtype, device)
+    there = self.scratch.took(key, self, [_held(p.base) for p in self.parts])
+    there = there and (self.quantized or not fresh) # others may be trained
     if not there:
-        if small or all(_is_plain(p.base, dtype) for p in self.parts): return
-        key = (self.layout, self.K, dtype, device)
-        M = self.scratch.take(key, self.N + self.R, self.K + self.R, dtype, device)
-        codes = [_codes(p.base) for p in self.parts]
-        there = self.scratch.took(key, self, codes) and not (fresh and None in codes)
-        if not there:
-            for p in self.parts: unpack(p.base, 0, p.base.out_features, M[p.rows,:self.K])
-    if self.R and (fresh or not there): self.spread(M[self.N:,:self.K], M[:self.N,self.K:])
-    return M
+        for p in self.parts: unpack(p.base, 0, p.base.out_features, M[p.rows,:self.K])
+    return _Views(M, self.N, self.K), fresh or not there
+
+@patch
+def _check_held(self:Projection, dtype):
+    if self.matrix.dtype == dtype and self.places == [_place(p.base) for p in self.parts]: return
+    what = f"weights are held in {self.matrix.dtype}, and the input is in {dtype}" \
+        if self.matrix.dtype != dtype else "weights were replaced while they were held"
+    raise FtkitError(what, where="projection", fix="release() it, and hold() it again")
+
+def _held(base): return base.weight_codes if type(base) is QLinear else base.weight
+
+def _place(base): return _held(base).data_ptr()
+
+# %% ../../nbs/68_kernels.lora.ipynb #a9b604b2
+@patch
+def _loose(self:Projection, dtype):
+    return (self.piece and self.piece < self.N) or all(_is_plain(p.base, dtype) for p in self.parts)
 
 def _is_plain(base, dtype): return type(base) is not QLinear and base.weight.dtype == dtype
 
-def _codes(base): return base.weight_codes.data_ptr() if type(base) is QLinear else None
+@patch
+def _factors(self:Projection, x):
+    V = SimpleNamespace(M=None, A=x.new_zeros(self.R, self.K), sB=x.new_zeros(self.N, self.R),
+                        pieces=lambda: self._pieces(x.dtype, x.device))
+    if self.R: self.spread(V.A, V.sB)
+    return V
 
-# %% ../../nbs/68_kernels.lora.ipynb #a9b604b2
+# %% ../../nbs/68_kernels.lora.ipynb #56001b9f
 @patch
 def _pieces(self:Projection, dtype, device):
     "Pairs of rows and their weights, [rows, K]."
@@ -155,15 +194,6 @@ def _pieces(self:Projection, dtype, device):
             b = min(a + step, n)
             yield slice(at + a, at + b),unpack(p.base, a, b, out[:b - a])
 
-@patch
-def _all(self:Projection, x, fresh):
-    "A, [R, K]; sB, [N, R]; and pairs of rows and weights, [rows, K] or [N + R, K + R]."
-    M,N,K,R = self._matrix(x.dtype, x.device, fresh),self.N,self.K,self.R
-    if M is not None: return M[N:,:K],M[:N,K:],[(slice(0, N), M)]
-    A,sB = x.new_zeros(R, K),x.new_zeros(N, R)
-    if R: self.spread(A, sB)
-    return A,sB,self._pieces(x.dtype, x.device)
-
 # %% ../../nbs/68_kernels.lora.ipynb #213bccd5
 @patch
 @torch.no_grad()
@@ -175,17 +205,15 @@ def project(self:Projection,
     "What the layers answer, side by side, and what their `A`s do."
     wide,x = self._split(x, self.K)
     if out is None: out = x.new_empty(x.shape[0], self.N)
-    A,sB,weights = self._all(x, True)
-    xa = self._inner(x, A, seed) if self.enabled else None
-    joined = wide is not None and xa is not None
+    V,bias = self._views(x, True),self._bias(x)
+    xa = self._inner(x, V.A, seed) if self.enabled else None
+    joined = wide is not None and xa is not None and V.M is not None
     if joined: wide[:,self.K:].copy_(xa)
-    bias = self._bias(x)
-    for rows,w in weights:
-        joined = joined and w.shape[1] > self.K
-        left,w = (wide, w[:self.N]) if joined else (x, w[:rows.stop - rows.start,:self.K])
-        if bias is None: torch.mm(left, w.T, out=out[:,rows])
-        else: torch.addmm(bias[rows], left, w.T, out=out[:,rows])
-    if xa is not None and not joined: out.addmm_(xa, sB.T)
+    left,pieces = (wide, [(None, V.across)]) if joined else (x, V.pieces())
+    for rows,w in pieces:
+        y,b = (out, bias) if rows is None else (out[:,rows], None if bias is None else bias[rows])
+        torch.mm(left, w.T, out=y) if b is None else torch.addmm(b, left, w.T, out=y)
+    if xa is not None and not joined: out.addmm_(xa, V.sB.T)
     return out,xa
 
 # %% ../../nbs/68_kernels.lora.ipynb #4de0e1aa
@@ -233,68 +261,63 @@ def project_backward(self:Projection,
                     )->tuple:          # Gradient of `x`, or None; those of `trainable`
     "Gradients of the inputs and of all that learns."
     (wide,dy),(_,x) = self._split(dy, self.N),self._split(x, self.K)
-    A,sB,weights = self._all(dy, False)
-    dxa = None
-    if xa is not None:
-        dxa = torch.mm(dy, sB, out=None if wide is None else wide[:,self.N:])
-    if need_x: out = self._to_input(dy, wide, dxa, A, weights, out, add, seed)
+    V,dxa = self._views(dy, False),None
+    if xa is not None: dxa = torch.mm(dy, V.sB, out=None if wide is None else wide[:,self.N:])
+    if need_x: out = self._to_input(dy, wide, dxa, V, out, add, seed)
     if between: between()
     return out if need_x else None,self._grads(dy, x, xa, dxa, seed)
 
+# %% ../../nbs/68_kernels.lora.ipynb #2f79c897
 @patch
-def _to_input(self:Projection, dy, wide, dxa, A, weights, out, add, seed):
+def _to_input(self:Projection, dy, wide, dxa, V, out, add, seed):
     "The gradient of the input."
     if out is None: out = dy.new_empty(dy.shape[0], self.K)
-    joined = wide is not None and dxa is not None and not self.dropping
-    for rows,w in weights:
-        joined = joined and w.shape[1] > self.K
-        left = wide if joined else dy[:,rows]
-        w = w[:left.shape[1],:self.K]
-        if add is None: torch.mm(left, w, out=out)
-        else: torch.addmm(add, left, w, out=out)
+    joined = wide is not None and dxa is not None and V.M is not None and not self.dropping
+    for rows,w in ([(None, V.down)] if joined else V.pieces()):
+        left = wide if joined else dy if rows is None else dy[:,rows]
+        torch.mm(left, w, out=out) if add is None else torch.addmm(add, left, w, out=out)
         add = out
     if dxa is None or joined: return out
-    if not self.dropping: return out.addmm_(dxa, A)
+    if not self.dropping: return out.addmm_(dxa, V.A)
     for i,p in enumerate(self.parts):
-        if p.lora: self._thin(dxa[:,p.ranks] @ A[p.ranks], p, i, seed, out)
+        if p.lora: self._thin(dxa[:,p.ranks] @ V.A[p.ranks], p, i, seed, out)
     return out
 
 # %% ../../nbs/68_kernels.lora.ipynb #7528b570
-def _product(a, b, dtype):
-    "a·b in `dtype`, rounded once where the device can."
-    if a.is_cuda and dtype == torch.float32 and a.dtype in (torch.float16, torch.bfloat16):
-        return torch.mm(a, b, out_dtype=dtype)
-    return (a @ b).to(dtype)
-
 @patch
 def _grads(self:Projection, dy, x, xa, dxa, seed):
     "Gradients of `trainable`, in its order."
-    A,B = self._factor_grads(dy, x, xa, dxa, seed) if xa is not None else (None, None)
-    grads = []
-    for p in self.parts:
-        for name,param in p.trained():
-            if name == "A": grad = None if A is None else A[p.ranks]
-            elif name == "B": grad = None if B is None else next(B)
-            elif name == "bias": grad = dy[:,p.rows].sum(0, dtype=torch.float32)
-            else: grad = _product(dy[:,p.rows].T, x, param.dtype)
-            grads.append(None if grad is None else grad.to(param.dtype))
+    A,B,grads = None,None,[]
+    if self.learns and xa is not None: A,B = self._factor_grads(dy, x, xa, dxa, seed)
+    if self._deferred: A,B = None,None
+    elif B is not None: B = self._blocks(B)
+    for p,name,param in self.trained:
+        if name == "A": grad = None if A is None else A[p.ranks]
+        elif name == "B": grad = None if B is None else next(B)
+        elif name == "bias": grad = dy[:,p.rows].sum(0, dtype=torch.float32)
+        else: grad = product(dy[:,p.rows].T, x, param.dtype)
+        grads.append(None if grad is None else grad.to(param.dtype))
     return tuple(grads)
 
+# %% ../../nbs/68_kernels.lora.ipynb #e9ff8bfe
 @patch
 def _factor_grads(self:Projection, dy, x, xa, dxa, seed):
-    "Those of all `A`, [R, K], and of each `B`."
-    kind = next(p.lora.A.dtype for p in self.parts if p.lora)
-    B = self._blocks(_product(dy.T, xa, kind))
-    if not self.dropping: return _product(dxa.T, x, kind),B
-    A = dy.new_empty(self.R, self.K, dtype=kind)
-    for i,p in enumerate(self.parts):
-        if p.lora: A[p.ranks] = _product(dxa[:,p.ranks].T, self._thin(x, p, i, seed), kind)
+    "Those of `A`, [R, K], and, without their scales, of `B`, in [N, R]."
+    kind = self.factors[0].dtype
+    A,B,again = self.shared.slots(self) if self._deferred else (None, None, False)
+    B = product(dy.T, xa, kind, B, again)
+    if not self.dropping: A = product(dxa.T, x, kind, A, again)
+    else:
+        if A is None: A = dy.new_zeros(self.R, self.K, dtype=kind)
+        for i,p in enumerate(self.parts):
+            if not p.lora: continue
+            product(dxa[:,p.ranks].T, self._thin(x, p, i, seed), kind, A[p.ranks], again)
     return A,B
 
 @patch
 def _blocks(self:Projection, whole):
     "The blocks on the diagonal of [N, R], scaled, each in memory of its own."
-    some = [p for p in self.parts if p.lora and p.lora.B.requires_grad]
+    some = [p for p,name,_ in self.trained if name == "B"]
     if not some: return iter(())
     srcs = [whole[p.rows,p.ranks] for p in some]
     flat = whole.new_empty(sum(t.numel() for t in srcs)).split([t.numel() for t in srcs])
@@ -341,40 +364,36 @@ def hold(self:Projection,
     "Keep the matrix from now on; plain weights of that type move into it."
     if self.matrix is not None: return self.matrix.dtype == dtype
     plain = [p.base for p in self.parts if _is_plain(p.base, dtype)]
-    if len(plain) < len(self.parts) and not (cache and self._frozen()): return False
-    if self.R and any(b.weight.requires_grad for b in plain): return False
-    device = next(iter(self.modules[0].parameters())).device if plain else None
-    if device is None: device = self.parts[0].base.weight_codes.device
+    frozen = all(type(p.base) is QLinear or not p.base.weight.requires_grad for p in self.parts)
+    if len(plain) < len(self.parts) and not (cache and frozen): return False
+    if self.R and not frozen: return False # an optimizer wants contiguous weights
+    device = _held(self.parts[0].base).device
     M = torch.zeros(self.N + self.R, self.K + self.R, dtype=dtype, device=device)
     for p in self.parts:
         view = unpack(p.base, 0, p.base.out_features, M[p.rows,:self.K])
-        if p.base in plain:
-            p.base.weight.data = view
-            self.hooks.append(p.base.register_state_dict_post_hook(_contiguous))
-    self.matrix = M
+        if p.base in plain: self._move_in(p.base, view)
+    self.matrix,self.views = M,_Views(M, self.N, self.K)
+    self.places = [_place(p.base) for p in self.parts]
     return True
 
+# %% ../../nbs/68_kernels.lora.ipynb #faef399b
 @patch
-def _frozen(self:Projection):
-    return all(type(p.base) is QLinear or not p.base.weight.requires_grad for p in self.parts)
+def _move_in(self:Projection, base, view):
+    base.weight.data = view
+    self.hooks.append(base.register_state_dict_post_hook(_contiguous))
 
 def _contiguous(module, state_dict, prefix, local_metadata):
     w = state_dict[prefix + "weight"]
     if not w.is_contiguous(): state_dict[prefix + "weight"] = w.contiguous()
 
+# %% ../../nbs/68_kernels.lora.ipynb #3cda15cd
 @patch
 @torch.no_grad()
 def release(self:Projection)->None:
     "Give the layers memory of their own again."
     if self.matrix is None: return
-    for p in self.parts:
-        if type(p.base) is not QLinear and self.holds(p): p.base.weight.data = \
+    for p,place in zip(self.parts, self.places):
+        if type(p.base) is not QLinear and _place(p.base) == place: p.base.weight.data = \
             p.base.weight.data.clone(memory_format=torch.contiguous_format)
     for h in self.hooks: h.remove()
-    self.matrix,self.hooks = None,[]
-
-@patch
-def holds(self:Projection, part:Part)->bool:
-    "Whether this part's weight is where the matrix has it."
-    return self.matrix is not None and \
-        part.base.weight.data_ptr() == self.matrix[part.rows].data_ptr()
+    self.matrix,self.views,self.hooks = None,None,[]

@@ -86,10 +86,14 @@ def score_(logits:Tensor,      # What the head says, [rows, vocab]; becomes the 
            grad:bool=True      # False leaves the logits as they are
           ):
     "`score_formula` into memory that is there."
-    if not use_kernels(logits):
-        a,b,c = score_formula(logits, targets, counts, scale, softcap)
-        losses.copy_(a), hits.copy_(b)
-        return logits.copy_(c) if grad else logits
+    if not use_kernels(logits): # some rows at a time: the formula takes several copies of them
+        for i in range(0, len(logits), n := max(1, 2**17//logits.shape[1])):
+            at = slice(i, i + n)
+            a,b,c = score_formula(logits[at], targets[at], None if counts is None else counts[at],
+                                  scale, softcap)
+            losses[at],hits[at] = a,b
+            if grad: logits[at] = c
+        return logits
     rows,vocab = logits.shape
     block = min(triton.next_power_of_2(vocab), 8192)
     with on(logits):

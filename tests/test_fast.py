@@ -1,0 +1,406 @@
+"Decoder layers by hand: the same losses and gradients as the model itself, whatever it keeps."
+import copy
+from pathlib import Path
+
+import pytest, torch, transformers
+from torch import nn
+from torch.testing import assert_close
+
+import ftkit.decoder, ftkit.fast
+from ftkit.core import FtkitError
+from ftkit.data.encode import Encoded
+from ftkit.data.packing import collate, make_row
+from ftkit.fast import (find_decoder, is_fast, rows_of_call, set_saving, slow_down, speed_up,
+                        why_not)
+from ftkit.kept import Away, Saving, keep_on_host
+from ftkit.lora.inject import LoraConfig, add_lora, lora_disabled, unload_lora
+from ftkit.models.load import load_model
+from ftkit.quant.linear import quantize_model
+from ftkit.sft import SupervisedTuning
+
+from toys import IDS, SIZES, tiny_llama
+
+LEVELS = ("none", "some", "much", "most")
+PLANS = [*LEVELS, Saving("some", piece=5), Saving("most", host=True, piece=4)]
+GOLDEN = Path(__file__).parents[2]/"shared/golden"
+
+
+@pytest.fixture(autouse=True)
+def layers_run(monkeypatch):
+    "How many layers went the fast way."
+    count, plain = [], ftkit.decoder.Layer.__call__
+    def counted(self, *args): count.append(1); return plain(self, *args)
+    monkeypatch.setattr(ftkit.decoder.Layer, "__call__", counted)
+    return count
+
+
+@pytest.fixture
+def said(monkeypatch):
+    "What was said."
+    out = []
+    monkeypatch.setattr(ftkit.fast, "say", out.append)
+    return out
+
+
+def tiny(family, **kwargs):
+    "A random model of a family, with norms and biases that are not trivial."
+    small = dict(head_dim=16)
+    more = dict(Gemma=small, Glm=small, Glm4=small | dict(eos_token_id=2), Qwen3=small,
+                Gemma2=small | dict(sliding_window=4, query_pre_attn_scalar=8,
+                                    attn_logit_softcapping=2.),
+                Gemma3Text=small | dict(sliding_window=4, sliding_window_pattern=2,
+                                        query_pre_attn_scalar=8),
+                Qwen3Moe=small | dict(num_experts=4, moe_intermediate_size=32,
+                                      num_experts_per_tok=2), Mistral=dict(sliding_window=4),
+                Granite=dict(residual_multiplier=.3, embedding_multiplier=3.,
+                             attention_multiplier=.2, logits_scaling=2.),
+                Mixtral=dict(num_local_experts=4), Phi3=dict(eos_token_id=2, bos_token_id=1),
+                Qwen2Moe=dict(num_experts=4, moe_intermediate_size=32, num_experts_per_tok=2,
+                              shared_expert_intermediate_size=32)).get(family, {})
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{family}Config")(**SIZES | dict(pad_token_id=0) | more | kwargs)
+    name = "Gemma3" if family == "Gemma3Text" else family
+    model = getattr(transformers, f"{name}ForCausalLM")(config)
+    for name, p in model.named_parameters():
+        if "norm" in name: nn.init.normal_(p, mean=not family.startswith("Gemma"), std=.2)
+        if name.endswith("bias"): nn.init.normal_(p, std=.2)
+    return model
+
+
+def with_lora(model, **kwargs):
+    add_lora(model, LoraConfig(**dict(r=4) | kwargs))
+    torch.manual_seed(1)
+    for name, p in model.named_parameters():
+        if name.endswith(".B"): nn.init.normal_(p, std=.1)
+    return model
+
+
+def step(model, ids=IDS, **kwargs):
+    "The loss, and the gradient of all that is trained."
+    model.zero_grad()
+    loss = model(input_ids=ids, labels=ids, **kwargs).loss
+    loss.backward()
+    return loss.detach(), {n: p.grad.clone() for n, p in model.named_parameters()
+                           if p.grad is not None}
+
+
+def near(found, expected, tolerance=1e-5):
+    "Losses and gradients are equal; a gradient as a whole, by its length."
+    assert_close(found[0], expected[0], rtol=tolerance, atol=0)
+    assert set(found[1]) == set(expected[1])
+    far = {n: ((found[1][n] - g).norm()/(g.norm() + 1e-6)).item() for n, g in expected[1].items()}
+    assert max(far.values()) < tolerance, max(far.items(), key=lambda x: x[1])
+
+
+def compare(model, layers_run, plans=PLANS, tolerance=1e-5, **kwargs):
+    "Every plan against the model itself."
+    model.train()
+    expected = step(model, **kwargs)
+    assert expected[1] and not layers_run
+    assert speed_up(model, hold=kwargs.pop("hold", False)), why_not(model)
+    for plan in plans:
+        set_saving(model, plan)
+        layers_run.clear()
+        found = step(model, **kwargs)
+        assert len(layers_run) == len(find_decoder(model).layers)
+        near(found, expected, tolerance)
+    layers_run.clear()
+    return model
+
+
+@pytest.mark.parametrize("family", ["Llama", "Mistral", "Qwen2", "Gemma", "Phi3", "Granite", "Glm",
+                                    "Glm4", "Qwen3", "Gemma2", "Gemma3Text", "Mixtral", "Qwen2Moe",
+                                    "Qwen3Moe"])
+def test_all_weights_of_every_family(family, layers_run):
+    compare(tiny(family), layers_run)
+
+
+@pytest.mark.parametrize("family", ["Llama", "Qwen2", "Gemma", "Phi3", "Granite", "Glm",
+                                    "Glm4", "Qwen3", "Gemma2"])
+def test_lora_of_every_family(family, layers_run):
+    compare(with_lora(tiny(family)), layers_run, ("none", "most"))
+
+
+@pytest.mark.parametrize("how", [dict(targets=["q_proj", "down_proj"]), dict(rslora=True, r=3, alpha=4),
+                                 dict(modules_to_save=("lm_head",)), dict(tokens=(3, 5))])
+def test_kinds_of_lora(how, layers_run):
+    compare(with_lora(tiny_llama(), **how), layers_run, ("none", "much"))
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_four_bits(bias, layers_run):
+    model = tiny_llama(attention_bias=bias, mlp_bias=bias)
+    compare(with_lora(quantize_model(model)), layers_run)
+
+
+def test_weights_in_one_matrix(layers_run):
+    model = with_lora(tiny_llama()).train()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    expected = step(model)
+    speed_up(model, hold=True)
+    near(step(model), expected)
+    held = model.model.layers[0].mlp.up_proj.base.weight
+    assert not held.is_contiguous()
+    after = model.state_dict()
+    assert_close(after, before, rtol=0, atol=0)
+    assert all(t.is_contiguous() for t in after.values())
+    near(step(copy.deepcopy(model)), expected)
+    slow_down(model)
+    assert model.model.layers[0].mlp.up_proj.base.weight.is_contiguous()
+    near(step(model), expected)
+
+
+def test_dropout_is_the_same_on_the_way_back(layers_run):
+    model = with_lora(tiny_llama(), dropout=.3).train()
+    speed_up(model)
+    def one(plan):
+        set_saving(model, plan)
+        torch.manual_seed(2)
+        return step(model)
+    expected = one("none")
+    for plan in LEVELS[1:]: near(one(plan), expected)
+    torch.manual_seed(3)
+    assert step(model)[0] != expected[0]
+    model.eval()
+    a, b = (step(model, use_cache=False)[0] for _ in range(2))
+    slow_down(model)
+    assert a == b
+    assert_close(a, step(model, use_cache=False)[0])
+
+
+def test_dropout_gradient_is_right():
+    "The loss moves along the gradient of A as a first derivative should, with a fixed mask."
+    model = with_lora(tiny_llama().double(), dropout=.5, dtype="base").train()
+    speed_up(model, "most")
+    def loss():
+        torch.manual_seed(4)
+        logits = model(input_ids=IDS).logits[:, :-1].flatten(0, 1)
+        return nn.functional.cross_entropy(logits, IDS[:, 1:].flatten())
+    loss().backward()
+    grads = {n: p.grad for n, p in model.named_parameters()}
+    name = "model.layers.0.mlp.down_proj.A"
+    p, g = dict(model.named_parameters())[name], grads[name]
+    ends = []
+    for sign in (1, -1):
+        with torch.no_grad(): p.add_(g*sign*1e-5/g.norm())
+        ends.append(loss().detach())
+        with torch.no_grad(): p.sub_(g*sign*1e-5/g.norm())
+    assert_close((ends[0] - ends[1])/2e-5, g.norm(), rtol=1e-3, atol=0)
+
+
+def samples(*lengths):
+    g = torch.Generator().manual_seed(5)
+    draw = lambda n: torch.randint(1, 128, (n,), generator=g).tolist()
+    return [Encoded(ids := draw(n), ids) for n in lengths]
+
+
+@pytest.mark.parametrize("family", ["Llama", "Mistral", "Glm"])
+def test_packed_rows(family, layers_run):
+    "Two rows of several samples, one shorter than the other; a window in Mistral."
+    rows = [make_row(samples(3, 7, 2)), make_row(samples(5, 4))]
+    model, task = tiny(family, num_hidden_layers=2).train(), SupervisedTuning()
+    batch = task.prepare(collate(rows, 0, mask=None))
+    def run():
+        model.zero_grad()
+        loss, metrics = task(model, batch)
+        loss.backward()
+        return loss.detach(), metrics, [p.grad.clone() for p in model.parameters()]
+    expected = run()
+    speed_up(model)
+    layers_run.clear()
+    assert_close(run(), expected, rtol=1e-5, atol=1e-5)
+    assert len(layers_run) == 2 and "attention_mask" not in task.inputs(model, batch)
+    del batch["cu_seqlens"] # found in the positions
+    inputs = dict(task.inputs(model, batch), use_cache=False)
+    found = model(**inputs).logits
+    slow_down(model)
+    assert_close(found, model(**inputs).logits, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("real", [[[1]*9, [1]*6 + [0]*3], [[1]*9, [0]*4 + [1]*5],
+                                  [[0, 0] + [1]*5 + [0, 0]]*2])
+def test_padding(real, layers_run):
+    model, mask = tiny_llama().train(), torch.tensor(real)
+    labels = IDS.masked_fill(mask == 0, -100)
+    labels[:, 1:][(mask[:, :-1] == 0)] = -100 # what padding says is not scored
+    def run():
+        model.zero_grad()
+        model(input_ids=IDS, labels=labels, attention_mask=mask).loss.backward()
+        return [p.grad.clone() for p in model.model.layers.parameters()]
+    expected = run()
+    speed_up(model, "most")
+    assert_close(run(), expected, rtol=1e-5, atol=1e-6)
+    assert len(layers_run) == 2
+
+
+def test_odd_masks_go_the_ordinary_way_and_say_so_once(layers_run, said):
+    model = tiny_llama().train()
+    holes = torch.ones(2, 9).long()
+    holes[:, 3] = 0
+    own = torch.zeros(2, 1, 9, 9).masked_fill_(torch.ones(9, 9).triu(1) > 0, -torch.inf)
+    expected = [step(model, attention_mask=m) for m in (holes, own)]
+    speed_up(model)
+    for _ in range(2):
+        for m, e in zip((holes, own), expected): near(step(model, attention_mask=m), e)
+    assert not layers_run and len(said) == 1 and "holes" in said[0]
+
+
+def test_rows_of_call():
+    ask = lambda **kw: rows_of_call((2, 4), **kw)
+    assert not ask().packed
+    assert not ask(position_ids=torch.arange(4)[None]).packed
+    assert not ask(position_ids=torch.arange(3, 7)[None]).packed
+    packed = ask(position_ids=torch.tensor([[0, 1, 0, 1], [0, 1, 2, 3]]))
+    assert packed.cu_seqlens.tolist() == [0, 2, 4, 8] and packed.longest == 4
+    assert ask(position_ids=torch.zeros(3, 2, 4)) is None
+    assert ask(attention_mask=torch.ones(2, 5)) is None
+    assert not ask(attention_mask=torch.zeros(2, 4)).packed
+
+
+def test_several_passes_before_the_backward_pass():
+    "As DPO does: two forward passes, one backward; and gradients that add up."
+    model, other = tiny_llama().train(), IDS.flip(1)
+    def run():
+        model.zero_grad()
+        both = [model(input_ids=x, labels=x).loss for x in (IDS, other)]
+        (both[0] - 2*both[1]).backward()
+        model(input_ids=IDS, labels=IDS).loss.backward()
+        return [p.grad.clone() for p in model.parameters()]
+    expected = run()
+    speed_up(model)
+    for plan in ("none", Saving("most", host=True)):
+        set_saving(model, plan)
+        assert_close(run(), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("trained", ["model.embed_tokens", "layers.1.", "layers.1.mlp",
+                                     "layers.0.self_attn", "layernorm", "layers.0.mlp.down"])
+def test_parts_that_are_frozen(trained, layers_run):
+    model = tiny_llama(num_hidden_layers=3)
+    for name, p in model.named_parameters(): p.requires_grad_(trained in name)
+    compare(model, layers_run, ("none", "most"))
+
+
+def test_evaluation_keeps_nothing(layers_run):
+    model = tiny_llama()
+    expected = model(IDS).logits
+    speed_up(model)
+    with torch.no_grad():
+        assert_close(model(IDS, use_cache=False).logits, expected, rtol=1e-5, atol=1e-6)
+    assert len(layers_run) == 2
+    assert_close(model(IDS).logits, expected, rtol=0, atol=0) # a cache: the ordinary way
+    assert len(layers_run) == 2
+
+
+def test_generation_saving_and_copies(tmp_path):
+    model = with_lora(tiny_llama())
+    write = lambda: model.generate(IDS, max_new_tokens=5, do_sample=False, pad_token_id=0)
+    expected, names = write(), list(model.state_dict())
+    speed_up(model)
+    step(model.train())
+    assert torch.equal(model.eval() and write(), expected) and list(model.state_dict()) == names
+    twin = copy.deepcopy(model).train()
+    before = step(twin)[1]
+    with torch.no_grad(): twin.model.layers[0].mlp.up_proj.A.zero_()
+    assert step(twin)[1].keys() == before.keys()
+    assert model.model.layers[0].mlp.up_proj.A.any() and is_fast(twin)
+    unload_lora(model)
+    model.save_pretrained(tmp_path)
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert_close(again(IDS).logits, model(IDS).logits, rtol=1e-5, atol=1e-6)
+
+
+def test_changes_are_noticed(layers_run, said):
+    model = tiny_llama().train()
+    speed_up(model)
+    step(model)
+    with_lora(model)
+    fast = step(model)
+    assert all(n.endswith((".A", ".B")) for n in fast[1]) and len(fast[1]) == 28
+    with lora_disabled(model), torch.no_grad(): off = model(input_ids=IDS, labels=IDS).loss
+    model.model.layers[1].input_layernorm.weight.requires_grad_(True)
+    assert len(step(model)[1]) == 29
+    model.model.layers[0].mlp.up_proj.enabled = False # one of them only
+    layers_run.clear()
+    step(model)
+    assert not layers_run and "switched off" in said[0]
+    model.model.layers[0].mlp.up_proj.enabled = True
+    unload_lora(model, merge=False)
+    assert_close(step(model.requires_grad_(True))[0], off)
+    assert len(layers_run) == 2
+    hook = model.model.layers[0].mlp.up_proj.register_forward_hook(lambda *_: None)
+    step(model)
+    assert len(layers_run) == 2 and "hook" in said[1]
+    hook.remove()
+    step(model)
+    assert len(layers_run) == 4
+
+
+def test_models_it_does_not_know(said):
+    assert not speed_up(tiny("Olmo2")) and "olmo2" in said[0]
+    model = tiny_llama(attention_dropout=.1)
+    assert "dropout" in why_not(model) and not speed_up(model) and not is_fast(model)
+    assert find_decoder(nn.Linear(1, 1)) is None and "Linear" in why_not(nn.Linear(1, 1))
+
+
+def test_dora_is_left_alone(said):
+    model = tiny_llama()
+    add_lora(model, LoraConfig(r=2, dora=True))
+    assert not speed_up(model) and len(said) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_bfloat16(dtype, layers_run):
+    "In autocast, and with weights of that type: about as far from the exact ones as the model."
+    exact = step(with_lora(tiny_llama()).train())
+    model = with_lora(tiny_llama().to(dtype), dtype="fp32").train()
+    def run():
+        with torch.autocast("cpu", dtype=torch.bfloat16): return step(model)
+    def far(found):
+        whole = lambda grads: torch.cat([g.float().flatten() for g in grads.values()])
+        return ((whole(found[1]) - whole(exact[1])).norm()/whole(exact[1]).norm()).item()
+    ordinary = far(run())
+    speed_up(model, hold=True)
+    for level in ("none", "most"):
+        set_saving(model, level)
+        assert far(run()) < max(1.5*ordinary, .01)
+
+
+def test_backward_can_run_once():
+    model = tiny_llama().train()
+    speed_up(model)
+    loss = model(input_ids=IDS, labels=IDS).loss
+    loss.backward(retain_graph=True)
+    with pytest.raises(FtkitError, match="has run already"): loss.backward()
+
+
+def test_host_memory_is_used_again():
+    away = Away("cpu")
+    tickets = [away.put(torch.full((3,), float(i))) for i in range(4)]
+    assert [t.fetch()[0].item() for t in reversed(tickets)] == [3, 2, 1, 0]
+    kept = away.put(torch.ones(3))
+    assert sum(map(len, away.free.values())) == 3
+    del tickets, kept
+
+
+def test_embedding_on_the_host(layers_run):
+    for family in ("Llama", "Gemma"):
+        layers_run.clear()
+        model = with_lora(tiny(family, tie_word_embeddings=False)).train()
+        expected = step(model)
+        keep_on_host(model)
+        assert "model.embed_tokens.weight" in model.state_dict()
+        near(step(model), expected)
+        compare(model, layers_run, ("some",))
+    with pytest.raises(FtkitError, match="trained"): keep_on_host(tiny_llama())
+    with pytest.raises(FtkitError, match="same tensor"):
+        keep_on_host(tiny_llama(tie_word_embeddings=True).requires_grad_(False))
+
+
+@pytest.mark.parametrize("name", ["internlm2", "internlm2_bias", "llama3", "qwen2", "qwen", "gemma",
+                                  "minicpm", "chatglm3", "phi3", "mixtral", "baichuan2_7b"])
+def test_models_as_they_are_loaded(name, layers_run):
+    if not (GOLDEN/name).exists(): pytest.skip("the golden checkpoints are not here")
+    model = load_model(GOLDEN/name, dtype="fp32")
+    ids = torch.randint(3, 60, (2, 7), generator=torch.Generator().manual_seed(6))
+    compare(with_lora(model), layers_run, ("none", "most"), tolerance=1e-4, ids=ids)
