@@ -7,7 +7,7 @@ __all__ = ['PARTS', 'COLOURS', 'Tally', 'LayerShape', 'layer_shape', 'kept_bytes
            'forward_work', 'StepShape', 'loss_bytes', 'step_line', 'Peak', 'resident_bytes', 'unpacked_bytes',
            'optimizer_bytes', 'step_shape', 'kept_now', 'peak_svg']
 
-# %% ../nbs/78_peaks.ipynb #3695d170
+# %% ../nbs/78_peaks.ipynb #c63a32d0
 import weakref
 from dataclasses import dataclass
 import torch
@@ -21,7 +21,7 @@ from .kernels import loss as loss_of
 from .kernels.loss import piece_rows, plain_head
 from .memory import CUDA, IDLE, state_bytes
 
-# %% ../nbs/78_peaks.ipynb #973aed76
+# %% ../nbs/78_peaks.ipynb #b670faf6
 class Tally(TorchDispatchMode):
     "Counts the bytes of tensors made while it is active: those that live, and the most that ever did."
     def __init__(self):
@@ -49,7 +49,7 @@ class Tally(TorchDispatchMode):
         self.known.discard(key)
         self.now -= n
 
-# %% ../nbs/78_peaks.ipynb #4a391144
+# %% ../nbs/78_peaks.ipynb #43803554
 @dataclass(frozen=True)
 class LayerShape:
     "What decides the memory of a layer: numbers for each token, and bytes."
@@ -64,8 +64,10 @@ class LayerShape:
     gradients:int=0   # Bytes of the gradients of the layer
     largest:int=0     # Bytes of the largest work space for a gradient
     module:int=0      # Bytes for each token that an MLP of another kind keeps
+    after:tuple=(False,)*2 # Whether a norm stands behind attention, and behind the MLP
+    qk:bool=False     # Whether the heads of queries and keys are normed
 
-# %% ../nbs/78_peaks.ipynb #319ca32b
+# %% ../nbs/78_peaks.ipynb #1228aa8f
 def layer_shape(layer,         # `decoder.Layer`
                 module:int=0   # Bytes for each token that an MLP of another kind keeps
                )->LayerShape:
@@ -78,9 +80,10 @@ def layer_shape(layer,         # `decoder.Layer`
     biggest = max((p.N*4*max(p.R, 1) if p.R else 0 for p in parts), default=0)
     return LayerShape(a.qkv.K, a.qkv.N, a.o.K, a.heads, m.down.K if m else 0,
                       m.gate_up.N if m else 0, ranks, (*copies, False)[:2],
-                      sum(p.nbytes for p in trained), biggest, module)
+                      sum(p.nbytes for p in trained), biggest, module,
+                      (bool(a.after), bool(m and m.after)), bool(a.qk))
 
-# %% ../nbs/78_peaks.ipynb #b52c78f9
+# %% ../nbs/78_peaks.ipynb #5415f55b
 def kept_bytes(s:LayerShape,
                saving:Saving, # What the layer keeps
                tokens:int,
@@ -89,8 +92,10 @@ def kept_bytes(s:LayerShape,
     "What a layer keeps from its forward to its backward pass."
     qkv,o,up,down = s.ranks
     mlp = s.wide and "gate_up" in saving.keeps
+    middle = s.wide and "middle" in saving.keeps
     numbers = dict(input=0 if saving.host else s.hidden, low_rank=qkv + o + down + (up if mlp else 0),
-                   middle=s.hidden if s.wide and "middle" in saving.keeps else 0,
+                   middle=s.hidden if middle else 0,
+                   after=s.hidden*(s.after[1] + (s.after[0] and bool(middle))),
                    qkv=s.qkv if "qkv" in saving.keeps else 0,
                    attended=s.attended if "attended" in saving.keeps else 0,
                    gate_up=s.gate_up + up if mlp else 0)
@@ -99,7 +104,7 @@ def kept_bytes(s:LayerShape,
     if not s.wide: out["module"] = tokens*(s.module if saving.level == "none" else size*s.hidden)
     return out
 
-# %% ../nbs/78_peaks.ipynb #eff542e2
+# %% ../nbs/78_peaks.ipynb #b92595b0
 def mlp_work(s:LayerShape, saving:Saving, tokens:int, size:int=2)->int: # Bytes
     "What the backward pass of a layer's MLP takes besides what was kept."
     both,again = 2*s.hidden*tokens*size,again_bytes(s, saving, tokens, size)
@@ -107,26 +112,27 @@ def mlp_work(s:LayerShape, saving:Saving, tokens:int, size:int=2)->int: # Bytes
     _,_,up,down = s.ranks
     piece = tokens if "gate_up" in saving.keeps else min(saving.piece or tokens, tokens)
     here = s.hidden + up + (0 if "gate_up" in saving.keeps else s.gate_up + 2*up)
-    first = s.wide + (s.hidden + down if s.copies[1] else down)
+    first = s.wide + (s.hidden + down if s.copies[1] else down) + s.hidden*s.after[1]
     return both + again + piece*(size*(here + max(first, s.hidden)) + 4) + s.largest
 
 def again_bytes(s, saving, tokens, size):
     "What of the attention is computed again before the MLP goes backward."
     if "middle" in saving.keeps: return 0
-    out = size*(s.hidden + (0 if "qkv" in saving.keeps else s.qkv))
+    out = size*(s.hidden*(1 + s.after[0]) + (0 if "qkv" in saving.keeps else s.qkv))
     if "attended" not in saving.keeps: out += size*s.attended + 4*s.heads
     return tokens*out
 
-# %% ../nbs/78_peaks.ipynb #0aaada16
+# %% ../nbs/78_peaks.ipynb #cf5ab1fb
 def attention_work(s:LayerShape, saving:Saving, tokens:int, size:int=2)->int: # Bytes
     "The same for attention; the MLP's part of what was kept is gone by then."
     qkv,o,_,_ = s.ranks
     there = 2*s.hidden + (0 if "qkv" in saving.keeps else s.qkv)
     lse = 0
     if "attended" not in saving.keeps: there,lse = there + s.attended,4*s.heads
+    if s.after[0] and "middle" not in saving.keeps: there += s.hidden
     gradients = s.qkv + qkv
-    copied = s.hidden + o if s.copies[0] else o
-    first = copied + s.attended + gradients + s.qkv # the back ends give tensors of their own
+    copied = (s.hidden + o if s.copies[0] else o) + s.hidden*s.after[0]
+    first = copied + s.attended + gradients + s.qkv*(1 + s.qk) # back ends give tensors of their own
     second = gradients + 2*s.hidden - (0 if "attended" in saving.keeps else s.attended)
     return tokens*(size*(there + max(first, second)) + lse + 4*s.heads) + s.largest
 
@@ -138,7 +144,7 @@ def forward_work(s:LayerShape, tokens:int, size:int=2, piece:int=0)->int: # Byte
     return all - (tokens - part)*size*s.gate_up + size*(
         tokens*s.hidden + part*(s.hidden + s.wide + s.ranks[2] + s.ranks[3]))
 
-# %% ../nbs/78_peaks.ipynb #43e04c52
+# %% ../nbs/78_peaks.ipynb #0dc005df
 @dataclass(frozen=True)
 class StepShape:
     "What decides the memory of a step."
@@ -163,7 +169,7 @@ class StepShape:
     @property
     def gradients(self)->int: return sum(s.gradients for s in self.layers) + self.head + self.table
 
-# %% ../nbs/78_peaks.ipynb #6d655c8c
+# %% ../nbs/78_peaks.ipynb #43dd87cd
 def loss_bytes(s:StepShape)->int:
     "What is there between the last layer and its backward pass, besides what the layers keep."
     n = s.tokens if s.learned is None else s.learned
@@ -175,7 +181,7 @@ def loss_bytes(s:StepShape)->int:
     in_loss = 2*some + logits + s.head_copy + 16*n
     return stream + max(stream + some, in_loss, 2*stream) + 8*s.tokens
 
-# %% ../nbs/78_peaks.ipynb #defd8db7
+# %% ../nbs/78_peaks.ipynb #d7297bfd
 PARTS = "weights", "optimizer", "gradients", "unpacked", "kept", "at work", "loss"
 
 def step_line(s:StepShape,
@@ -207,7 +213,8 @@ def _backward(s, plan, kept, now):
     out,grads = [],s.head
     for i in reversed(range(len(plan))):
         l,p = s.layers[i],plan[i]
-        how,back = (l, p, s.tokens, s.size),2*s.tokens*s.hidden*s.size if p.host else 0
+        how = l,p,s.tokens,s.size
+        back = s.tokens*s.hidden*s.size*(p.host + bool(p.host and i and plan[i - 1].host))
         own = kept_bytes(*how)
         later = sum(own[k] for k in ("gate_up", "middle"))
         out.append(now(f"MLP {i}", sum(kept[:i + 1]) + back, mlp_work(*how), 0, grads + l.gradients))
@@ -216,7 +223,7 @@ def _backward(s, plan, kept, now):
                        grads))
     return out
 
-# %% ../nbs/78_peaks.ipynb #7e948d6f
+# %% ../nbs/78_peaks.ipynb #551d7b62
 @dataclass(repr=False)
 class Peak:
     "The memory of a step with a plan."
@@ -244,7 +251,7 @@ class Peak:
         parts = ", ".join(f"{k} {v/unit:.2f}" for k,v in self.parts.items() if v >= 0.005*unit)
         return f"Peak({self.bytes/unit:.2f} {name} at {self.moment!r}: {parts})"
 
-# %% ../nbs/78_peaks.ipynb #cecf2909
+# %% ../nbs/78_peaks.ipynb #e4dddde5
 def resident_bytes(model:nn.Module)->int:
     "Bytes of weights and buffers where the model is; what lies on the host is not counted."
     tensors = [*model.parameters(), *model.buffers()]
@@ -268,7 +275,7 @@ def unpacked_bytes(projections, # All of the model
                        for m in p.parts}
     return dtype.itemsize*sum(keys.values())
 
-# %% ../nbs/78_peaks.ipynb #e19a9e6c
+# %% ../nbs/78_peaks.ipynb #0cc70928
 def optimizer_bytes(parameters, # Those that are trained
                     optimizer   # A torch optimizer, or a name as in `OptimConfig`
                    )->int:
@@ -282,7 +289,7 @@ def optimizer_bytes(parameters, # Those that are trained
         optimizer = "adafactor" if type(optimizer).__name__ == "Adafactor" else "adamw"
     return sum(state_bytes(tuple(p.shape), p.itemsize, optimizer) for p in parameters)
 
-# %% ../nbs/78_peaks.ipynb #dec8c555
+# %% ../nbs/78_peaks.ipynb #a2a57601
 def step_shape(model,            # One that `speed_up` has taken
                tokens:int,       # In a forward pass
                dtype=None,       # What is computed in; None: the type of the embedding
@@ -320,7 +327,7 @@ def _factors(projections, dtype):
     return dtype.itemsize*max((p.R*(p.K + p.N) for p in projections
                                if p.R and p.matrix is None), default=0)
 
-# %% ../nbs/78_peaks.ipynb #50b219e0
+# %% ../nbs/78_peaks.ipynb #90154f00
 def kept_now(model,        # One that `speed_up` has taken
              ids:Tensor    # A batch, [rows, tokens]
             )->int:        # Bytes
@@ -330,7 +337,7 @@ def kept_now(model,        # One that `speed_up` has taken
         left = tally.now - out.untyped_storage().nbytes()
     return left
 
-# %% ../nbs/78_peaks.ipynb #0da78cde
+# %% ../nbs/78_peaks.ipynb #198ede53
 COLOURS = dict(zip(PARTS, ("#4c78a8", "#72b7b2", "#e45756", "#9d755d", "#f2cf5b", "#f58518", "#b279a2")))
 
 def peak_svg(peak:Peak, width:int=560, height:int=200)->str: # An <svg> element
