@@ -158,9 +158,10 @@ def test_adapters_are_those_that_add_lora_makes(way, kind):
     assert sum(every.values()) == pytest.approx(parts["weights"] + parts["adapters"] + ids, rel=1e-3)
 
 
-@pytest.mark.parametrize("name", ["adamw", "adamw_8bit", "adafactor"])
+@pytest.mark.parametrize("name", ["adamw", "adamw_16bit", "adamw_8bit", "bnb_adamw_8bit",
+                                  "adafactor"])
 def test_optimizer_states(name):
-    if "8bit" in name: pytest.importorskip("bitsandbytes")
+    if "bnb" in name: pytest.importorskip("bitsandbytes")
     model = torch.nn.Sequential(torch.nn.Linear(300, 100), torch.nn.Linear(100, 30))
     optimizer = build_optimizer(model, OptimConfig(optimizer=name))
     for p in model.parameters(): p.grad = torch.ones_like(p)

@@ -17,7 +17,7 @@ from small_runs import batch, tiny_model, tiny_rows, untimed
 pytestmark = pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(
     not torch.cuda.is_available(), reason="needs CUDA"))]
-BNB = [n for n in OPTIMIZERS if "8bit" in n or "paged" in n]
+BNB = [n for n in OPTIMIZERS if n.startswith("bnb_")]
 
 
 def needs(name):
@@ -58,16 +58,18 @@ def test_resume_is_exact_with_every_optimizer(name, lora, device, tmp_path):
     assert untimed(rest.history) == untimed(whole.history)
     for a, b in zip(whole.model.parameters(), rest.model.parameters()): assert torch.equal(a, b)
     if "8bit" in name: # and it did have states in 8 bits
-        kinds = {s["state1"].dtype for s in second.optimizer.state.values()}
+        kinds = {t.dtype for s in second.optimizer.state.values() for t in s.values()
+                 if isinstance(t, torch.Tensor)}
         assert torch.uint8 in kinds
-    if "paged" in name and device == "cuda":
+    if name in BNB and "paged" in name and device == "cuda":
         big = [s["state1"] for s in second.optimizer.state.values() if s["state1"].numel() >= 1e5]
         assert all(getattr(t, "is_paged", False) for t in big)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
-@pytest.mark.parametrize("name", ["paged_adamw", "paged_adamw_8bit"])
+@pytest.mark.parametrize("name", ["bnb_paged_adamw", "bnb_paged_adamw_8bit"])
 def test_paged_states_stay_paged_when_restored(name):
+    pytest.importorskip("bitsandbytes")
     from ftkit.training.checkpoint import restore_tensors, trainer_tensors
     def steps(model, opt, n, seed):
         g = torch.Generator("cuda").manual_seed(seed)
@@ -89,7 +91,7 @@ def test_paged_states_stay_paged_when_restored(name):
     assert torch.equal(again.weight, wanted)
 
 
-@pytest.mark.parametrize("name", ["adamw", "paged_adamw", "adamw_8bit"])
+@pytest.mark.parametrize("name", [n for n in OPTIMIZERS if n != "adafactor"])
 def test_adamw_of_each_kind_goes_the_same_way(name):
     "Against torch's: to the last digits in 32 bits, nearly in 8."
     needs(name)
@@ -105,7 +107,7 @@ def test_adamw_of_each_kind_goes_the_same_way(name):
             opt.step(); opt.zero_grad()
         return model.weight.detach() - before
     ours, plain = run(name), run("adamw")
-    if "8bit" in name: assert (ours - plain).norm() < 0.1*plain.norm()
+    if "bit" in name: assert (ours - plain).norm() < 0.1*plain.norm()
     else: assert_close(ours, plain, rtol=1e-4, atol=1e-6)
 
 
@@ -183,5 +185,5 @@ def test_options_can_be_set_from_text():
 def test_bitsandbytes_missing(monkeypatch):
     import sys
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
-    with pytest.raises(FtkitError, match=r"optim.optimizer=adamw_8bit needs it.*ftkit\[gpu\]"):
-        build_optimizer(nn.Linear(2, 2), OptimConfig(optimizer="adamw_8bit"))
+    with pytest.raises(FtkitError, match=r"optim.optimizer=bnb_adamw_8bit needs it.*ftkit\[gpu\]"):
+        build_optimizer(nn.Linear(2, 2), OptimConfig(optimizer="bnb_adamw_8bit"))

@@ -10,6 +10,7 @@ import math
 import torch
 from fastcore.basics import patch
 from torch import Tensor
+from ..core import FtkitError
 from .launch import on, tl, use_kernels
 from .moments import (BLOCK8, _control_kernel, _squares_kernel, _update_kernel,
                                    step_by_formula)
@@ -292,15 +293,18 @@ def load_state_dict(self:FlatAdamW, state_dict:dict):
     "Copy a state in; one of `torch.optim.AdamW` will do with 32 bits."
     groups = state_dict["param_groups"]
     if [len(g["params"]) for g in groups] != [len(g["params"]) for g in self.param_groups]:
-        raise ValueError("the state is that of other parameters: its groups have other sizes")
+        raise FtkitError("the state is that of other parameters: its groups have other sizes",
+                         where="optimizer", fix="Resume with the same model and options")
     for mine,saved in zip(self.param_groups, groups):
         mine.update({k: v for k,v in saved.items() if k in mine and k != "params"})
     names = [i for g in groups for i in g["params"]]
     for i,p in zip(names, self.tensors):
         saved = state_dict["state"].get(i, {})
         if saved and {*saved} != {*self.state[p]}:
-            raise ValueError(f"the saved state has {sorted(saved)}, but with {self.bits} bits "
-                             f"there should be {sorted(self.state[p])}")
+            raise FtkitError(f"the saved state has {sorted(saved)}, but with {self.bits} bits "
+                             f"there should be {sorted(self.state[p])}", where="optimizer",
+                             fix="Resume with the optimizer that saved it; that of bitsandbytes "
+                                 "is called optim.optimizer=bnb_adamw_8bit now")
         for k,v in self.state[p].items():
             if k in saved: v.copy_(torch.as_tensor(saved[k]))
             else: v.zero_()

@@ -128,7 +128,8 @@ def _flat(bits, host=False):
     def build(groups, cfg, tables):
         first = _all(groups)[0]
         if first.is_cuda and not use_kernels(first): # no Triton
-            return _torchs(groups, cfg) if (bits, host) == (32, False) else _bnb(groups, cfg, tables)
+            whole = (bits, host) == (32, False)
+            return _torchs(groups, cfg) if whole else _bnb(groups, cfg, tables)
         return FlatAdamW(groups, lr=cfg.lr, betas=tuple(cfg.betas), eps=cfg.eps, bits=bits,
                          max_grad_norm=cfg.max_grad_norm, host=host, wide=tables)
     return build
@@ -180,17 +181,14 @@ def clip_and_step(optimizer,
                   max_norm:float # Longest gradient; 0 for any
                  )->torch.Tensor: # Norm of the gradients, 0-d
     "Clip all gradients to a norm, and step."
-    if not hasattr(optimizer, "clip_and_step"):
+    whole = hasattr(optimizer, "clip_and_step") # its step does it all
+    if whole: optimizer.max_grad_norm = max_norm
+    else:
         scaler.unscale_(optimizer)
         norm = nn.utils.clip_grad_norm_(_all(optimizer.param_groups), max_norm or math.inf)
-        scaler.step(optimizer)
-    elif scaler.is_enabled():
-        optimizer.max_grad_norm = max_norm
-        scaler.step(optimizer)
-        norm = optimizer.norm
-    else: norm = optimizer.clip_and_step(max_norm)
+    scaler.step(optimizer)
     scaler.update()
-    return norm
+    return optimizer.norm if whole else norm
 
 # %% ../../nbs/62_training.optim.ipynb #d61b854a
 class StepInBackward:
