@@ -7,7 +7,7 @@ __all__ = ['PARTS', 'COLOURS', 'Tally', 'LayerShape', 'layer_shape', 'kept_bytes
            'forward_work', 'StepShape', 'loss_bytes', 'step_line', 'Peak', 'resident_bytes', 'unpacked_bytes',
            'optimizer_bytes', 'step_shape', 'kept_now', 'peak_svg']
 
-# %% ../nbs/78_peaks.ipynb #c63a32d0
+# %% ../nbs/78_peaks.ipynb #3ff052f3
 import weakref
 from dataclasses import dataclass
 import torch
@@ -21,7 +21,7 @@ from .kernels import loss as loss_of
 from .kernels.loss import piece_rows, plain_head
 from .memory import CUDA, IDLE, state_bytes
 
-# %% ../nbs/78_peaks.ipynb #b670faf6
+# %% ../nbs/78_peaks.ipynb #bfb92164
 class Tally(TorchDispatchMode):
     "Counts the bytes of tensors made while it is active: those that live, and the most that ever did."
     def __init__(self):
@@ -49,7 +49,7 @@ class Tally(TorchDispatchMode):
         self.known.discard(key)
         self.now -= n
 
-# %% ../nbs/78_peaks.ipynb #43803554
+# %% ../nbs/78_peaks.ipynb #497c76be
 @dataclass(frozen=True)
 class LayerShape:
     "What decides the memory of a layer: numbers for each token, and bytes."
@@ -67,7 +67,7 @@ class LayerShape:
     after:tuple=(False,)*2 # Whether a norm stands behind attention, and behind the MLP
     qk:bool=False     # Whether the heads of queries and keys are normed
 
-# %% ../nbs/78_peaks.ipynb #1228aa8f
+# %% ../nbs/78_peaks.ipynb #b81483b7
 def layer_shape(layer,         # `decoder.Layer`
                 module:int=0   # Bytes for each token that an MLP of another kind keeps
                )->LayerShape:
@@ -83,7 +83,7 @@ def layer_shape(layer,         # `decoder.Layer`
                       sum(p.nbytes for p in trained), biggest, module,
                       (bool(a.after), bool(m and m.after)), bool(a.qk))
 
-# %% ../nbs/78_peaks.ipynb #5415f55b
+# %% ../nbs/78_peaks.ipynb #55ded755
 def kept_bytes(s:LayerShape,
                saving:Saving, # What the layer keeps
                tokens:int,
@@ -104,7 +104,7 @@ def kept_bytes(s:LayerShape,
     if not s.wide: out["module"] = tokens*(s.module if saving.level == "none" else size*s.hidden)
     return out
 
-# %% ../nbs/78_peaks.ipynb #b92595b0
+# %% ../nbs/78_peaks.ipynb #70579970
 def mlp_work(s:LayerShape, saving:Saving, tokens:int, size:int=2)->int: # Bytes
     "What the backward pass of a layer's MLP takes besides what was kept."
     both,again = 2*s.hidden*tokens*size,again_bytes(s, saving, tokens, size)
@@ -122,7 +122,7 @@ def again_bytes(s, saving, tokens, size):
     if "attended" not in saving.keeps: out += size*s.attended + 4*s.heads
     return tokens*out
 
-# %% ../nbs/78_peaks.ipynb #cf5ab1fb
+# %% ../nbs/78_peaks.ipynb #ab74248f
 def attention_work(s:LayerShape, saving:Saving, tokens:int, size:int=2)->int: # Bytes
     "The same for attention; the MLP's part of what was kept is gone by then."
     qkv,o,_,_ = s.ranks
@@ -144,7 +144,7 @@ def forward_work(s:LayerShape, tokens:int, size:int=2, piece:int=0)->int: # Byte
     return all - (tokens - part)*size*s.gate_up + size*(
         tokens*s.hidden + part*(s.hidden + s.wide + s.ranks[2] + s.ranks[3]))
 
-# %% ../nbs/78_peaks.ipynb #0dc005df
+# %% ../nbs/78_peaks.ipynb #21d31d43
 @dataclass(frozen=True)
 class StepShape:
     "What decides the memory of a step."
@@ -169,7 +169,7 @@ class StepShape:
     @property
     def gradients(self)->int: return sum(s.gradients for s in self.layers) + self.head + self.table
 
-# %% ../nbs/78_peaks.ipynb #43dd87cd
+# %% ../nbs/78_peaks.ipynb #ed7c666f
 def loss_bytes(s:StepShape)->int:
     "What is there between the last layer and its backward pass, besides what the layers keep."
     n = s.tokens if s.learned is None else s.learned
@@ -181,7 +181,7 @@ def loss_bytes(s:StepShape)->int:
     in_loss = 2*some + logits + s.head_copy + 16*n
     return stream + max(stream + some, in_loss, 2*stream) + 8*s.tokens
 
-# %% ../nbs/78_peaks.ipynb #d7297bfd
+# %% ../nbs/78_peaks.ipynb #6ae7c941
 PARTS = "weights", "optimizer", "gradients", "unpacked", "kept", "at work", "loss"
 
 def step_line(s:StepShape,
@@ -223,7 +223,7 @@ def _backward(s, plan, kept, now):
                        grads))
     return out
 
-# %% ../nbs/78_peaks.ipynb #551d7b62
+# %% ../nbs/78_peaks.ipynb #21269288
 @dataclass(repr=False)
 class Peak:
     "The memory of a step with a plan."
@@ -251,7 +251,7 @@ class Peak:
         parts = ", ".join(f"{k} {v/unit:.2f}" for k,v in self.parts.items() if v >= 0.005*unit)
         return f"Peak({self.bytes/unit:.2f} {name} at {self.moment!r}: {parts})"
 
-# %% ../nbs/78_peaks.ipynb #e4dddde5
+# %% ../nbs/78_peaks.ipynb #ede8b593
 def resident_bytes(model:nn.Module)->int:
     "Bytes of weights and buffers where the model is; what lies on the host is not counted."
     tensors = [*model.parameters(), *model.buffers()]
@@ -275,7 +275,7 @@ def unpacked_bytes(projections, # All of the model
                        for m in p.parts}
     return dtype.itemsize*sum(keys.values())
 
-# %% ../nbs/78_peaks.ipynb #0cc70928
+# %% ../nbs/78_peaks.ipynb #e28a10a4
 def optimizer_bytes(parameters, # Those that are trained
                     optimizer   # A torch optimizer, or a name as in `OptimConfig`
                    )->int:
@@ -285,11 +285,11 @@ def optimizer_bytes(parameters, # Those that are trained
         device = parameters[0].device
         held = [t for state in optimizer.state.values() for t in state.values()
                 if isinstance(t, Tensor) and t.device.type == device.type]
-        if held: return sum(t.nbytes for t in held)
+        if optimizer.state: return sum(t.nbytes for t in held)
         optimizer = "adafactor" if type(optimizer).__name__ == "Adafactor" else "adamw"
     return sum(state_bytes(tuple(p.shape), p.itemsize, optimizer) for p in parameters)
 
-# %% ../nbs/78_peaks.ipynb #a2a57601
+# %% ../nbs/78_peaks.ipynb #1ee32378
 def step_shape(model,            # One that `speed_up` has taken
                tokens:int,       # In a forward pass
                dtype=None,       # What is computed in; None: the type of the embedding
@@ -327,7 +327,7 @@ def _factors(projections, dtype):
     return dtype.itemsize*max((p.R*(p.K + p.N) for p in projections
                                if p.R and p.matrix is None), default=0)
 
-# %% ../nbs/78_peaks.ipynb #90154f00
+# %% ../nbs/78_peaks.ipynb #4c55fbdd
 def kept_now(model,        # One that `speed_up` has taken
              ids:Tensor    # A batch, [rows, tokens]
             )->int:        # Bytes
@@ -337,7 +337,7 @@ def kept_now(model,        # One that `speed_up` has taken
         left = tally.now - out.untyped_storage().nbytes()
     return left
 
-# %% ../nbs/78_peaks.ipynb #198ede53
+# %% ../nbs/78_peaks.ipynb #742315be
 COLOURS = dict(zip(PARTS, ("#4c78a8", "#72b7b2", "#e45756", "#9d755d", "#f2cf5b", "#f58518", "#b279a2")))
 
 def peak_svg(peak:Peak, width:int=560, height:int=200)->str: # An <svg> element
