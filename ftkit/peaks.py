@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['PARTS', 'COLOURS', 'Tally', 'LayerShape', 'layer_shape', 'kept_bytes', 'mlp_work', 'again_bytes', 'attention_work',
            'forward_work', 'StepShape', 'loss_bytes', 'step_line', 'Peak', 'resident_bytes', 'unpacked_bytes',
-           'optimizer_bytes', 'step_shape', 'kept_now', 'peak_svg']
+           'optimizer_bytes', 'step_shape', 'held_bytes', 'kept_now', 'peak_svg']
 
-# %% ../nbs/78_peaks.ipynb #3ff052f3
+# %% ../nbs/78_peaks.ipynb #70d28d2d
 import weakref
 from dataclasses import dataclass
 import torch
@@ -21,7 +21,7 @@ from .kernels import loss as loss_of
 from .kernels.loss import piece_rows, plain_head
 from .memory import CUDA, IDLE, state_bytes
 
-# %% ../nbs/78_peaks.ipynb #bfb92164
+# %% ../nbs/78_peaks.ipynb #e98a6694
 class Tally(TorchDispatchMode):
     "Counts the bytes of tensors made while it is active: those that live, and the most that ever did."
     def __init__(self):
@@ -49,7 +49,7 @@ class Tally(TorchDispatchMode):
         self.known.discard(key)
         self.now -= n
 
-# %% ../nbs/78_peaks.ipynb #497c76be
+# %% ../nbs/78_peaks.ipynb #21b4275a
 @dataclass(frozen=True)
 class LayerShape:
     "What decides the memory of a layer: numbers for each token, and bytes."
@@ -62,12 +62,13 @@ class LayerShape:
     ranks:tuple=(0,)*4  # Of qkv, o, gate and up, down
     copies:tuple=(False,)*2 # Whether the gradient is copied before o, and before down
     gradients:int=0   # Bytes of the gradients of the layer
+    made:tuple=(0,)*4 # Those of the projections
     largest:int=0     # Bytes of the largest work space for a gradient
     module:int=0      # Bytes for each token that an MLP of another kind keeps
     after:tuple=(False,)*2 # Whether a norm stands behind attention, and behind the MLP
     qk:bool=False     # Whether the heads of queries and keys are normed
 
-# %% ../nbs/78_peaks.ipynb #b81483b7
+# %% ../nbs/78_peaks.ipynb #b7250437
 def layer_shape(layer,         # `decoder.Layer`
                 module:int=0   # Bytes for each token that an MLP of another kind keeps
                )->LayerShape:
@@ -76,14 +77,15 @@ def layer_shape(layer,         # `decoder.Layer`
     parts = layer.projections
     ranks = tuple(p.R if p.enabled else 0 for p in parts) + (0,)*(4 - len(parts))
     copies = [bool(p.R) or half.factor != 1 for p,half in ((a.o, a), *([(m.down, m)] if m else []))]
-    trained = layer.trainable
+    trained,bytes_of = layer.trainable,lambda ps: sum(p.nbytes for p in ps)
+    made = (*(bytes_of(p.trainable) for p in parts), 0, 0)[:4]
     biggest = max((p.N*4*max(p.R, 1) if p.R else 0 for p in parts), default=0)
     return LayerShape(a.qkv.K, a.qkv.N, a.o.K, a.heads, m.down.K if m else 0,
                       m.gate_up.N if m else 0, ranks, (*copies, False)[:2],
-                      sum(p.nbytes for p in trained), biggest, module,
+                      bytes_of(trained), made, biggest, module,
                       (bool(a.after), bool(m and m.after)), bool(a.qk))
 
-# %% ../nbs/78_peaks.ipynb #55ded755
+# %% ../nbs/78_peaks.ipynb #c6ef5aa3
 def kept_bytes(s:LayerShape,
                saving:Saving, # What the layer keeps
                tokens:int,
@@ -104,16 +106,17 @@ def kept_bytes(s:LayerShape,
     if not s.wide: out["module"] = tokens*(s.module if saving.level == "none" else size*s.hidden)
     return out
 
-# %% ../nbs/78_peaks.ipynb #70579970
+# %% ../nbs/78_peaks.ipynb #8e9b680f
 def mlp_work(s:LayerShape, saving:Saving, tokens:int, size:int=2)->int: # Bytes
-    "What the backward pass of a layer's MLP takes besides what was kept."
+    "What the backward pass of a layer's MLP takes besides what was kept, with its own gradients."
     both,again = 2*s.hidden*tokens*size,again_bytes(s, saving, tokens, size)
     if not s.wide: return both + again + tokens*(s.module + size*s.hidden)
     _,_,up,down = s.ranks
     piece = tokens if "gate_up" in saving.keeps else min(saving.piece or tokens, tokens)
     here = s.hidden + up + (0 if "gate_up" in saving.keeps else s.gate_up + 2*up)
     first = s.wide + (s.hidden + down if s.copies[1] else down) + s.hidden*s.after[1]
-    return both + again + piece*(size*(here + max(first, s.hidden)) + 4) + s.largest
+    own,grads = max((piece*size*first, s.made[3]), (piece*size*s.hidden, s.made[3] + s.made[2]), key=sum)
+    return both + again + piece*(size*here + 4) + own + grads + s.largest
 
 def again_bytes(s, saving, tokens, size):
     "What of the attention is computed again before the MLP goes backward."
@@ -122,7 +125,7 @@ def again_bytes(s, saving, tokens, size):
     if "attended" not in saving.keeps: out += size*s.attended + 4*s.heads
     return tokens*out
 
-# %% ../nbs/78_peaks.ipynb #ab74248f
+# %% ../nbs/78_peaks.ipynb #98193dc5
 def attention_work(s:LayerShape, saving:Saving, tokens:int, size:int=2)->int: # Bytes
     "The same for attention; the MLP's part of what was kept is gone by then."
     qkv,o,_,_ = s.ranks
@@ -134,7 +137,8 @@ def attention_work(s:LayerShape, saving:Saving, tokens:int, size:int=2)->int: # 
     copied = (s.hidden + o if s.copies[0] else o) + s.hidden*s.after[0]
     first = copied + s.attended + gradients + s.qkv*(1 + s.qk) # back ends give tensors of their own
     second = gradients + 2*s.hidden - (0 if "attended" in saving.keeps else s.attended)
-    return tokens*(size*(there + max(first, second)) + lse + 4*s.heads) + s.largest
+    high = max(tokens*size*first + s.made[1], tokens*size*second + s.made[1] + s.made[0])
+    return tokens*(size*there + lse + 4*s.heads) + high + s.largest
 
 def forward_work(s:LayerShape, tokens:int, size:int=2, piece:int=0)->int: # Bytes
     "What a layer takes at the end of its forward pass, of which some may be kept."
@@ -144,7 +148,7 @@ def forward_work(s:LayerShape, tokens:int, size:int=2, piece:int=0)->int: # Byte
     return all - (tokens - part)*size*s.gate_up + size*(
         tokens*s.hidden + part*(s.hidden + s.wide + s.ranks[2] + s.ranks[3]))
 
-# %% ../nbs/78_peaks.ipynb #21d31d43
+# %% ../nbs/78_peaks.ipynb #768de738
 @dataclass(frozen=True)
 class StepShape:
     "What decides the memory of a step."
@@ -169,7 +173,7 @@ class StepShape:
     @property
     def gradients(self)->int: return sum(s.gradients for s in self.layers) + self.head + self.table
 
-# %% ../nbs/78_peaks.ipynb #ed7c666f
+# %% ../nbs/78_peaks.ipynb #60cc084c
 def loss_bytes(s:StepShape)->int:
     "What is there between the last layer and its backward pass, besides what the layers keep."
     n = s.tokens if s.learned is None else s.learned
@@ -181,7 +185,7 @@ def loss_bytes(s:StepShape)->int:
     in_loss = 2*some + logits + s.head_copy + 16*n
     return stream + max(stream + some, in_loss, 2*stream) + 8*s.tokens
 
-# %% ../nbs/78_peaks.ipynb #6ae7c941
+# %% ../nbs/78_peaks.ipynb #24689bce
 PARTS = "weights", "optimizer", "gradients", "unpacked", "kept", "at work", "loss"
 
 def step_line(s:StepShape,
@@ -193,8 +197,7 @@ def step_line(s:StepShape,
     batch = s.tokens*(40 + 2*s.rotary*s.size)
     start = s.gradients if s.accumulate > 1 else 0
     def now(name, held, work=0, loss=0, grads=0):
-        grads = s.gradients + max(l.gradients for l in s.layers) if start and grads else max(grads, start)
-        values = s.weights,s.optimizer,grads,s.scratch + s.factors,held + batch,work,loss
+        values = s.weights,s.optimizer,max(grads, start),s.scratch + s.factors,held + batch,work,loss
         return name,dict(zip(PARTS, values))
     out = _forward(s, plan, kept, now)
     out.append(now("loss", sum(kept), 0, loss_bytes(s), s.head))
@@ -217,13 +220,13 @@ def _backward(s, plan, kept, now):
         back = s.tokens*s.hidden*s.size*(p.host + bool(p.host and i and plan[i - 1].host))
         own = kept_bytes(*how)
         later = sum(own[k] for k in ("gate_up", "middle"))
-        out.append(now(f"MLP {i}", sum(kept[:i + 1]) + back, mlp_work(*how), 0, grads + l.gradients))
-        grads += l.gradients
+        out.append(now(f"MLP {i}", sum(kept[:i + 1]) + back, mlp_work(*how), 0, grads))
         out.append(now(f"attention {i}", sum(kept[:i + 1]) - later + back, attention_work(*how), 0,
-                       grads))
+                       grads + sum(l.made[2:])))
+        grads += l.gradients
     return out
 
-# %% ../nbs/78_peaks.ipynb #21269288
+# %% ../nbs/78_peaks.ipynb #ab6bb748
 @dataclass(repr=False)
 class Peak:
     "The memory of a step with a plan."
@@ -251,7 +254,7 @@ class Peak:
         parts = ", ".join(f"{k} {v/unit:.2f}" for k,v in self.parts.items() if v >= 0.005*unit)
         return f"Peak({self.bytes/unit:.2f} {name} at {self.moment!r}: {parts})"
 
-# %% ../nbs/78_peaks.ipynb #ede8b593
+# %% ../nbs/78_peaks.ipynb #f0a5d3e7
 def resident_bytes(model:nn.Module)->int:
     "Bytes of weights and buffers where the model is; what lies on the host is not counted."
     tensors = [*model.parameters(), *model.buffers()]
@@ -275,7 +278,7 @@ def unpacked_bytes(projections, # All of the model
                        for m in p.parts}
     return dtype.itemsize*sum(keys.values())
 
-# %% ../nbs/78_peaks.ipynb #e28a10a4
+# %% ../nbs/78_peaks.ipynb #6949300a
 def optimizer_bytes(parameters, # Those that are trained
                     optimizer   # A torch optimizer, or a name as in `OptimConfig`
                    )->int:
@@ -289,7 +292,7 @@ def optimizer_bytes(parameters, # Those that are trained
         optimizer = "adafactor" if type(optimizer).__name__ == "Adafactor" else "adamw"
     return sum(state_bytes(tuple(p.shape), p.itemsize, optimizer) for p in parameters)
 
-# %% ../nbs/78_peaks.ipynb #1ee32378
+# %% ../nbs/78_peaks.ipynb #0ad3f79c
 def step_shape(model,            # One that `speed_up` has taken
                tokens:int,       # In a forward pass
                dtype=None,       # What is computed in; None: the type of the embedding
@@ -309,10 +312,18 @@ def step_shape(model,            # One that `speed_up` has taken
     trained = [p for p in model.parameters() if p.requires_grad]
     projections = [p for part in fast.parts for p in part.projections]
     return StepShape(tuple(layer_shape(p) for p in fast.parts), tokens, dtype.itemsize,
-                     resident_bytes(model), optimizer_bytes(trained, optimizer),
-                     unpacked_bytes(projections, dtype, cut), _factors(projections, dtype),
+                     resident_bytes(model) + held_bytes(fast, dtype), optimizer_bytes(trained, optimizer),
+                     unpacked_bytes(projections, dtype, cut),
+                     0 if getattr(fast, "hold", False) else _factors(projections, dtype),
                      learned=learned, accumulate=accumulate,
                      rotary=fast.parts[0].attention.head_dim, **_ends(model, dtype))
+
+def held_bytes(fast, dtype)->int:
+    "What the matrices that take weights in will add in the first step: their room for LoRA."
+    if not getattr(fast, "hold", False) or getattr(fast, "held", None): return 0
+    found = [p for part in fast.parts for p in part.projections if p.matrix is None and p.R and
+             all(type(m.base) is nn.Linear and m.base.weight.dtype == dtype for m in p.parts)]
+    return dtype.itemsize*sum(p.R*(p.N + p.K + p.R) for p in found)
 
 def _ends(model, dtype):
     "What the embedding and the head add."
@@ -327,7 +338,7 @@ def _factors(projections, dtype):
     return dtype.itemsize*max((p.R*(p.K + p.N) for p in projections
                                if p.R and p.matrix is None), default=0)
 
-# %% ../nbs/78_peaks.ipynb #4c55fbdd
+# %% ../nbs/78_peaks.ipynb #5c08c575
 def kept_now(model,        # One that `speed_up` has taken
              ids:Tensor    # A batch, [rows, tokens]
             )->int:        # Bytes
@@ -337,7 +348,7 @@ def kept_now(model,        # One that `speed_up` has taken
         left = tally.now - out.untyped_storage().nbytes()
     return left
 
-# %% ../nbs/78_peaks.ipynb #742315be
+# %% ../nbs/78_peaks.ipynb #3886a627
 COLOURS = dict(zip(PARTS, ("#4c78a8", "#72b7b2", "#e45756", "#9d755d", "#f2cf5b", "#f58518", "#b279a2")))
 
 def peak_svg(peak:Peak, width:int=560, height:int=200)->str: # An <svg> element
