@@ -45,11 +45,14 @@ _ROOMS = {  # module → the names of its that stand on the public face
     "activations": "MemorySetting",
     "memory": "Ledger predict_memory recipe_setting",
     "sft": "SupervisedTuning PreTraining",
+    "flops": "step_flops",
+    "profiling": "where_time_goes",
     "evaluate": "Scores metric compare",
     "convert": "merge pth_to_hf",
     "zoo.models": "BaseModel",
     "zoo.names": "list_recipes",
     "recipes": "Recipe recipe copy_recipe load_recipe train test",
+    "bench": "BenchResult bench",
     "cli": "log_dataset check_custom_dataset list_dataset_format",
 }
 _HOME = {name: f"ftkit.{module}" for module,names in _ROOMS.items() for name in names.split()}

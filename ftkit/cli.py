@@ -195,6 +195,20 @@ VERBS["memory"] = Verb("Say what a training run will take of a GPU's memory.",
     _WHAT, _SET, option("--gpu", "memory of the GPU, e.g. 24GB; exit code 1 if it does not fit"),
     option("--learned", "part of the tokens that are learned", 1.)], _memory)
 
+# %% ../nbs/88_cli.ipynb #d464ed28
+def _bench(args):
+    result = ft.bench(args.recipe, args.steps, args.warmup, args.profiled, args.tokens,
+                      **_changes(args))
+    print(json.dumps(result.as_dict())) if args.json else _print(result)
+
+VERBS["bench"] = Verb("Take some steps of a recipe: how fast, in how much memory, doing what.",
+                      "bench nano_lora_colors_e4 --steps 10", [
+    _WHAT, _SET, option("--steps", "steps that are timed", 6),
+    option("--warmup", "steps before them", 3),
+    option("--profiled", "steps after them that are sorted by kinds of work", 2),
+    option("--tokens", "rows of so many random tokens, in place of the recipe's data", type=int),
+    option("--json", "for a program to read", action="store_true")], _bench)
+
 # %% ../nbs/88_cli.ipynb #6a1d1e70
 def _chat(args):
     how = {k: v for k,v in vars(args).items() if k not in ("path", "prompt", "debug")}

@@ -14,6 +14,7 @@ from fastcore.basics import patch
 from .attention import Rows, attend_backward, attend_forward
 from .core import FtkitError
 from .kept import Saving
+from .kernels.eight import glu_backward_codes, glu_codes, rms_codes
 from .kernels.glu import glu_backward, glu_forward
 from .kernels.norm import rms_backward, rms_forward
 from .kernels.rope import rotate_
@@ -48,6 +49,14 @@ class Norm:
         "What is normed; one over the length of each row."
         return rms_forward(x, self.module.weight, self.eps, self.plus, out=out)[:2]
 
+    def into(self, projection, x):
+        "What is normed, with room for the ranks of a projection; what that one is told beside."
+        wide = room(projection, *x.shape, x)
+        how = dict(out=wide[:,:x.shape[1]])
+        if not _eight(projection): self.forward(x, **how); return wide, {}
+        found = rms_codes(x, self.module.weight, self.eps, self.plus, **how)
+        return wide, dict(codes=found[3:])
+
     def backward(self, dy, x, inverse, add=None, out=None):
         "Gradient of x, with `add` in it; a tuple with that of the weight if it is trained."
         w = self.module.weight
@@ -55,10 +64,13 @@ class Norm:
         return dx, (dw,) if w.requires_grad else ()
 
 # %% ../nbs/72_decoder.ipynb #95f04b70
+def _eight(projection): return getattr(projection, "takes_codes", False)
+
+def _ranks(projection): return projection.R if projection.enabled and not _eight(projection) else 0
+
 def room(projection, rows:int, width:int, like:Tensor)->Tensor:
     "A matrix for `width` numbers a row, with room for the ranks of a projection behind them."
-    ranks = getattr(projection, "R", 0) if projection.enabled else 0
-    return like.new_empty(rows, width + ranks)
+    return like.new_empty(rows, width + _ranks(projection))
 
 def _seeds(*projections):
     "A number for each of two projections, or None where nothing is dropped."
@@ -73,7 +85,7 @@ def _before(norm, dy, kept):
 
 def _widened(dy, projection, factor):
     "A gradient times a factor, with room for a projection's ranks."
-    if factor == 1 and not getattr(projection, "R", 0): return dy
+    if factor == 1 and not _ranks(projection): return dy
     wide = room(projection, *dy.shape, dy)
     torch.mul(dy, factor, out=wide[:,:dy.shape[1]])
     return wide
@@ -125,9 +137,8 @@ class AttentionHalf:
 @patch
 def project(self:AttentionHalf, x, call, kept):
     "q, k and v, rotated, as one matrix."
-    normed = room(self.qkv, *x.shape, x)
-    self.norm.forward(x, normed[:,:x.shape[1]])
-    kept.qkv,kept.xa_qkv = self.qkv.project(normed, seed=kept.seeds[0])
+    normed,more = self.norm.into(self.qkv, x)
+    kept.qkv,kept.xa_qkv = self.qkv.project(normed, seed=kept.seeds[0], **more)
     if not self.qk: self.rotate(kept.qkv, call)
 
 @patch
@@ -211,12 +222,15 @@ class MlpHalf:
         piece = piece or max(tokens, 1)
         return [slice(i, min(i + piece, tokens)) for i in range(0, tokens, piece)]
 
-    def project(self, normed, kept):
+    def project(self, middle, kept):
         "Gate and up as one matrix, with room behind it for their gradient."
-        wide = room(self.gate_up, len(normed), self.gate_up.out_features, normed)
-        _,kept.xa_up = self.gate_up.project(normed, wide[:,:self.gate_up.out_features],
-                                            seed=kept.seeds[0])
-        kept.gate_up = wide
+        normed,more = self.norm.into(self.gate_up, middle)
+        kept.gate_up = room(self.gate_up, len(middle), self.gate_up.out_features, middle)
+        kept.xa_up = self.gate_up.project(normed, self.plain(kept), kept.seeds[0], **more)[1]
+
+    def plain(self, kept):
+        "Gate and up without the room behind them."
+        return kept.gate_up[:,:self.gate_up.out_features]
 
 # %% ../nbs/72_decoder.ipynb #80e3c761
 @patch
@@ -234,12 +248,12 @@ def forward(self:MlpHalf,
 def forward_piece(self:MlpHalf, middle, out):
     "Fill `out`; what is kept of it."
     kept,width = SimpleNamespace(seeds=_seeds(self.gate_up, self.down)),self.down.in_features
-    normed = room(self.gate_up, *middle.shape, middle)
-    self.norm.forward(middle, normed[:,:middle.shape[1]])
-    self.project(normed, kept)
-    h = room(self.down, len(middle), width, middle)
-    glu_forward(kept.gate_up[:,:self.gate_up.out_features], self.act, out=h[:,:width])
-    y,kept.xa_down = self.down.project(h, None if self.after else out, seed=kept.seeds[1])
+    self.project(middle, kept)
+    h,more = room(self.down, len(middle), width, middle),{}
+    how = self.plain(kept),self.act,h[:,:width]
+    if _eight(self.down): more = dict(codes=glu_codes(*how)[1:])
+    else: glu_forward(*how)
+    y,kept.xa_down = self.down.project(h, None if self.after else out, kept.seeds[1], **more)
     if self.after: kept.y,_ = y,self.after.forward(y, out)
     _onto(middle, out, self.factor)
     return kept
@@ -258,26 +272,29 @@ def backward(self:MlpHalf, dy, middle, kept, out, piece=0)->tuple:
 @patch
 def backward_piece(self:MlpHalf, dy, middle, kept, out):
     "Fill `out`; the gradients of `trainable`."
-    normed = room(self.gate_up, *middle.shape, middle)
-    plain,inverse = self.norm.forward(middle, normed[:,:middle.shape[1]])
-    if not hasattr(kept, "gate_up"): self.project(normed, kept)
+    if not hasattr(kept, "gate_up"): self.project(middle, kept)
     d_y,of_after = _before(self.after, dy, kept)
-    of_down = self.down_gradient(_widened(d_y, self.down, self.factor), kept)
+    of_down,more = self.down_gradient(_widened(d_y, self.down, self.factor), kept)
     wide,kept.gate_up = kept.gate_up,None
-    d_normed,of_up = self.gate_up.project_backward(wide, plain, kept.xa_up, seed=kept.seeds[0])
-    del wide, normed, plain
+    normed,inverse = self.norm.forward(middle)
+    d_normed,of_up = self.gate_up.project_backward(wide, normed, kept.xa_up, seed=kept.seeds[0],
+                                                   **more)
+    del wide, normed, more
     _,of_norm = self.norm.backward(d_normed, middle, inverse, add=dy, out=out)
     return of_norm + of_after + of_up + of_down
 
 @patch
 def down_gradient(self:MlpHalf, dy, kept):
-    "Put the gradient of gate and up in their place; those of the last projection."
-    gate_up = kept.gate_up[:,:self.gate_up.out_features]
+    "Put the gradient of gate and up in their place; those of the last projection; codes."
+    gate_up,up,more = self.plain(kept),self.gate_up,{}
     dh = dy.new_empty(len(dy), self.down.in_features)
-    again = dh if self.down.trainable else None
-    turn = lambda: glu_backward(dh, gate_up, self.act, out=gate_up, h=again)
-    return self.down.project_backward(dy, dh, kept.xa_down, out=dh, seed=kept.seeds[1],
-                                      between=turn)[1]
+    how = dict(act=self.act, out=gate_up, h=dh if self.down.trainable else None)
+    def turn():
+        if not (_eight(up) and up.back): glu_backward(dh, gate_up, **how)
+        else: more["codes"] = glu_backward_codes(dh, gate_up, up.column_factors, **how)[1:]
+    grads = self.down.project_backward(dy, dh, kept.xa_down, out=dh, seed=kept.seeds[1],
+                                       between=turn)[1]
+    return grads, more
 
 # %% ../nbs/72_decoder.ipynb #e87ab4c8
 @dataclass(eq=False)

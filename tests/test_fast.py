@@ -6,7 +6,7 @@ import pytest, torch, transformers
 from torch import nn
 from torch.testing import assert_close
 
-import ftkit.decoder, ftkit.fast
+import ftkit.fast
 from ftkit.core import FtkitError
 from ftkit.data.encode import Encoded
 from ftkit.data.packing import collate, make_row
@@ -28,9 +28,9 @@ GOLDEN = Path(__file__).parents[2]/"shared/golden"
 @pytest.fixture(autouse=True)
 def layers_run(monkeypatch):
     "How many layers went the fast way."
-    count, plain = [], ftkit.decoder.Layer.__call__
-    def counted(self, *args): count.append(1); return plain(self, *args)
-    monkeypatch.setattr(ftkit.decoder.Layer, "__call__", counted)
+    count, plain = [], ftkit.fast.Fast.layer
+    def counted(*args, **kwargs): count.append(1); return plain(*args, **kwargs)
+    monkeypatch.setattr(ftkit.fast.Fast, "layer", counted)
     return count
 
 
@@ -50,6 +50,10 @@ def tiny(family, **kwargs):
                                     attn_logit_softcapping=2.),
                 Gemma3Text=small | dict(sliding_window=4, sliding_window_pattern=2,
                                         query_pre_attn_scalar=8),
+                DeepseekV2=dict(n_routed_experts=4, num_experts_per_tok=2, n_shared_experts=1,
+                                moe_intermediate_size=32, first_k_dense_replace=1, kv_lora_rank=16,
+                                q_lora_rank=24, qk_rope_head_dim=8, qk_nope_head_dim=16,
+                                v_head_dim=16, num_key_value_heads=4, n_group=1, topk_group=1),
                 Qwen3Moe=small | dict(num_experts=4, moe_intermediate_size=32,
                                       num_experts_per_tok=2), Mistral=dict(sliding_window=4),
                 Granite=dict(residual_multiplier=.3, embedding_multiplier=3.,
@@ -110,7 +114,7 @@ def compare(model, layers_run, plans=PLANS, tolerance=1e-5, **kwargs):
 
 @pytest.mark.parametrize("family", ["Llama", "Mistral", "Qwen2", "Gemma", "Phi3", "Granite", "Glm",
                                     "Glm4", "Qwen3", "Gemma2", "Gemma3Text", "Mixtral", "Qwen2Moe",
-                                    "Qwen3Moe"])
+                                    "Qwen3Moe", "DeepseekV2"])
 def test_all_weights_of_every_family(family, layers_run):
     compare(tiny(family), layers_run)
 
@@ -133,11 +137,18 @@ def test_four_bits(bias, layers_run):
     compare(with_lora(quantize_model(model)), layers_run)
 
 
-def test_weights_in_one_matrix(layers_run):
+@pytest.mark.parametrize("defer", [False, True])
+def test_weights_in_one_matrix(defer, layers_run):
     model = with_lora(tiny_llama()).train()
     before = {k: v.clone() for k, v in model.state_dict().items()}
     expected = step(model)
-    speed_up(model, hold=True)
+    speed_up(model, hold=True, defer=defer)
+    for plan in PLANS[1:]: # and gradients that add up
+        set_saving(model, plan)
+        step(model)
+        model(input_ids=IDS, labels=IDS).loss.backward()
+        near((expected[0], {n: p.grad/2 for n, p in model.named_parameters()
+                            if p.grad is not None}), expected)
     near(step(model), expected)
     held = model.model.layers[0].mlp.up_proj.base.weight
     assert not held.is_contiguous()
@@ -366,6 +377,18 @@ def test_bfloat16(dtype, layers_run):
         assert far(run()) < max(1.5*ordinary, .01)
 
 
+@pytest.mark.parametrize("hold", [False, True])
+def test_eight_bits(hold, layers_run):
+    "Near sixteen bits, and the same whatever is kept."
+    model = with_lora(tiny("Llama", hidden_size=64, intermediate_size=96)).train()
+    exact = step(model)
+    assert speed_up(model, compute="fp8", hold=hold), why_not(model, "fp8")
+    plans = [set_saving(model, plan) or step(model) for plan in ("none", "most")]
+    near(plans[1], plans[0])
+    assert_close(plans[0][0], exact[0], rtol=.01, atol=0)
+    for n, g in exact[1].items(): assert (plans[0][1][n] - g).norm() < .3*g.norm(), n
+
+
 def test_backward_can_run_once():
     model = tiny_llama().train()
     speed_up(model)
@@ -398,7 +421,8 @@ def test_embedding_on_the_host(layers_run):
 
 
 @pytest.mark.parametrize("name", ["internlm2", "internlm2_bias", "llama3", "qwen2", "qwen", "gemma",
-                                  "minicpm", "chatglm3", "phi3", "mixtral", "baichuan2_7b"])
+                                  "minicpm", "chatglm3", "phi3", "mixtral", "baichuan2_7b",
+                                  "deepseek_v2"])
 def test_models_as_they_are_loaded(name, layers_run):
     if not (GOLDEN/name).exists(): pytest.skip("the golden checkpoints are not here")
     model = load_model(GOLDEN/name, dtype="fp32")

@@ -1,4 +1,4 @@
-"Grouped products, routing, and experts: like the formulas, and like transformers' own experts."
+"Products by expert, routing, experts, attention from a latent: like formulas and transformers."
 import os
 import torch
 
@@ -12,9 +12,12 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import ftkit.experts as experts_module
 from ftkit.experts import (FastExperts, experts_forward, slow_down_experts, speed_up_experts,
                            why_not_experts)
+from ftkit.kernels.attention import Rows
+from ftkit.kernels.glu import glu_forward
 from ftkit.kernels.grouped import GroupedLinear, drop_mask, grouped_matmul, grouped_outer, new_seed
 from ftkit.kernels.launch import interpreted
-from ftkit.kernels.routing import combine, gate, gate_backward, route
+from ftkit.kernels.routing import combine, gate_backward, route
+from ftkit.latent import join_heads, latent_attention, why_not_latent
 from ftkit.lora.experts import LoraExperts
 from ftkit.lora.inject import LoraConfig, add_lora, merge_lora, lora_disabled, unload_lora
 from ftkit.quant.linear import QExperts, quantize_model
@@ -22,6 +25,7 @@ from toys import IDS, SIZES
 
 dev = "cuda" if torch.cuda.is_available() else "cpu"
 kernels = lambda: nullcontext() if dev == "cuda" else interpreted()
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 gen = lambda seed=0: torch.Generator().manual_seed(seed)
 TYPES = [torch.float32, torch.float16, torch.bfloat16] # in bfloat16 without a GPU: the formula
 TOL = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
@@ -73,7 +77,8 @@ def test_product(counts, transposed, dtype):
 def test_product_with_all(p):
     counts, E, M, N, K, R = [9, 0, 30], 3, 39, 70, 33, 18
     x, w = rand(12, K), rand(E, N, K, seed=1)
-    small, B, rows = rand(M, R, seed=2), rand(E, N, R, seed=3), torch.randint(12, (M,)).int().to(dev)
+    small, B = rand(M, R, seed=2), rand(E, N, R, seed=3)
+    rows = torch.randint(12, (M,), generator=gen()).int().to(dev)
     drop = (torch.tensor([7], device=dev), p) if p else None
     out = torch.zeros(M + 1, N, device=dev)
     with kernels():
@@ -136,7 +141,7 @@ def test_dropout_share_and_scale():
     lambda x, w, o: grouped_matmul(x, w, o, rows=torch.arange(4)),
     lambda x, w, o: grouped_matmul(x, w, o, extra=(x[:2, :1], w[:, :, :1])),
     lambda x, w, o: grouped_outer(x, x[:2], o), lambda x, w, o: route(torch.zeros(3).long(), 4),
-    lambda x, w, o: gate(x, "relu")])
+    lambda x, w, o: gate_backward(x[:, :3], x, x[:, :1], route(x[:, :1].long()*0, 1), "relu")])
 def test_refusals(bad):
     with pytest.raises(ValueError): bad(rand(4, 6), rand(2, 5, 6), split([1, 3]))
 
@@ -170,7 +175,7 @@ def test_gate(act, dtype, width):
                gelu_tanh=lambda t: nn.functional.gelu(t, approximate="tanh"))[act](a)*u
     (h64*dh.double()*p64.flatten()[to.order][:, None]).sum().backward()
     with kernels():
-        first = gate(x, act)
+        first = glu_forward(x, act)
         none, _ = gate_backward(dh, x.clone(), p, to, act, keep=False)
         h, dp = gate_backward(dh, x, p, to, act)
     assert none is None
@@ -260,7 +265,8 @@ def test_dropout(run, monkeypatch):
     m = LoraExperts(mixture("mixtral").model.layers[0].mlp.experts,
                     {"gate_up_proj": (3, 6), "down_proj": (2, 4)}, dropout=0.3)
     stirred(m)
-    monkeypatch.setattr(experts_module, "new_seed", lambda device: torch.tensor([11], device=device))
+    seed = torch.tensor([11], device=dev)
+    monkeypatch.setattr(experts_module, "new_seed", lambda device: seed)
     index = torch.rand(6, 4, generator=gen()).topk(2)[1].to(dev)
     x, w = rand(6, 64).requires_grad_(), torch.rand(6, 2, generator=gen()).to(dev).requires_grad_()
     wants = dict(x=x, w=w, **{n: p for n, p in m.named_parameters() if p.requires_grad})
@@ -268,7 +274,7 @@ def test_dropout(run, monkeypatch):
     with run():
         ours = experts_forward(m, x, index, w)
         new = torch.autograd.grad(ours.square().sum(), wants.values())
-        masks = [drop_mask(torch.tensor([11], device=dev), 0.3, (12, n)) for n in (64, 96)]
+        masks = [drop_mask(seed, 0.3, (12, n)) for n in (64, 96)]
     def layer(name, v, mask, e):
         linear = lambda v, s: torch.einsum("mk,mnk->mn", v, s[e])
         return linear(v, getattr(m.base, name)) + 2*linear(linear(v*mask, m.A[name]), m.B[name])
@@ -353,3 +359,64 @@ def test_others_stay_and_say_why():
     m = mixture("mixtral").model.layers[0].mlp.experts
     m.act_fn = nn.ReLU()
     assert "ReLU" in why_not_experts(m)
+
+
+# ---- attention from a latent
+
+def latent_model(**kwargs):
+    sizes = SIZES | KINDS["deepseek_v2"] | kwargs
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model("deepseek_v2", **sizes)).to(dev)
+
+
+@pytest.mark.parametrize("kwargs", [{}, dict(q_lora_rank=24), dict(v_head_dim=12), dict(
+    rope_scaling=dict(rope_type="yarn", factor=4., mscale=0.7, mscale_all_dim=0.7,
+                      original_max_position_embeddings=32))])
+@pytest.mark.parametrize("how", ["plain", "nf4 lora"])
+def test_latent_like_transformers(kwargs, how):
+    model = latent_model(**kwargs)
+    if how != "plain":
+        quantize_model(model, block=32)
+        names = [n for n, m in model.named_modules() if "self_attn" in n and hasattr(m, "weight")
+                 and "norm" not in n]
+        stirred(add_lora(model, LoraConfig(r=4, targets=[n.split(".")[-1] for n in names]))).to(dev)
+    module = model.model.layers[0].self_attn
+    x = rand(2, 9, 64).requires_grad_()
+    table = model.model.rotary_emb(x, torch.arange(9, device=dev)[None])
+    wants = [x, *(p for p in module.parameters() if p.requires_grad)]
+    wanted, _ = module(x, position_embeddings=table, attention_mask=None)
+    old = torch.autograd.grad(wanted.square().sum(), wants)
+    ours = latent_attention(module, x.flatten(0, 1), table, Rows(2, 9)).view_as(x)
+    new = torch.autograd.grad(ours.square().sum(), wants)
+    assert_close(ours, wanted, rtol=1e-4, atol=1e-5)
+    for a, b in zip(new, old): assert_close(a, b, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("sizes", [(3, 6, 4, 8), (2, 5, 2, 16), (17, 128, 64, 128)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_join(sizes, dtype):
+    heads, nope, rope, value = sizes
+    T, positions = 6, 3
+    xs = [rand(T, n + 4, dtype=dtype, seed=n)[:, :n] for n in
+          (heads*(nope + rope), heads*(nope + value), rope)]
+    angles = rand(positions, rope//2)
+    table = torch.polar(torch.ones_like(angles), angles)
+    ups = [rand(T, heads, max(nope + rope, value), dtype=dtype, seed=i) for i in range(3)]
+    def run(xs, table, ups):
+        xs = [x.detach().requires_grad_() for x in xs]
+        outs = join_heads(*xs, table, sizes)
+        return [*outs, *torch.autograd.grad(outs, xs, ups)]
+    wanted = run([x.double() for x in xs], table, [u.double() for u in ups])
+    with kernels(): ours = run(xs, table, ups)
+    for a, b in zip(ours, wanted): close(a.detach(), b.detach(), dtype)
+
+
+def test_latent_refusals():
+    assert why_not_latent(nn.Linear(2, 2))
+    module = latent_model().train().model.layers[0].self_attn
+    module.attention_dropout = 0.1
+    assert "drops" in why_not_latent(module) and why_not_latent(module.eval()) is None
+    with pytest.raises(ValueError, match="widths"):
+        join_heads(rand(2, 5), rand(2, 4), rand(2, 2), torch.ones(2, 1).cfloat(), (1, 2, 2, 2))
+    with pytest.raises(ValueError, match="table"):
+        join_heads(rand(2, 4), rand(2, 4), rand(2, 2), torch.ones(2, 1), (1, 2, 2, 2))

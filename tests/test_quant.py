@@ -209,8 +209,16 @@ for kind in VALUES:
             assert all(map(torch.equal, ours, theirs)), (kind, block, shape)
             out = dequantize_kernel(*theirs, torch.empty(shape), kind, block)
             assert torch.equal(out, dequantize_blocks(*theirs, shape, kind, block))
+            if len(shape) == 1: continue
+            wide = torch.full((shape[0], shape[1] + 16), 7.)
+            dequantize_kernel(*theirs, wide[:, :shape[1]], kind, block)
+            assert torch.equal(wide[:, :shape[1]], out) and (wide[:, shape[1]:] == 7).all()
+            factors = torch.rand(shape[0], generator=g)
+            scaled = dequantize_kernel(*theirs, torch.empty(shape), kind, block, factors=factors)
+            torch.testing.assert_close(scaled, out*factors[:, None])
     q = quantize(torch.randn(5, 96, 64, generator=g), kind)
-    for part in q, *(q[e] for e in range(5)):
+    matrix = quantize(torch.randn(50, 192, generator=g), kind)
+    for part in q, *(q[e] for e in range(5)), matrix, matrix[7:31], matrix[49:]:
         out = dequantize_kernel(part.codes, part.absmax, torch.empty(part.shape), kind, 64,
                                 part.nested_absmax, part.offset, dynamic_map(), part.first)
         assert torch.equal(out, part.dequantize())
@@ -222,7 +230,7 @@ COMPILED = """
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from ftkit.kernels.nf4 import _dequantize_kernel, _quantize_kernel
+from ftkit.kernels.nf4 import _bytes_kernel, _quantize_kernel, _words_kernel
 
 def compiled(kernel, arch, types, **constants):
     signature = types | {k: "constexpr" for k in constants}
@@ -231,15 +239,23 @@ def compiled(kernel, arch, types, **constants):
     return triton.compile(source, target=GPUTarget("cuda", arch, 32),
                           options=dict(enable_fp_fusion=False)).asm["ptx"]
 
-tables = dict(nested="*fp32", offset="*fp32", values="*fp32", table="*fp32")
+tables = dict(nested="*fp32", offset="*fp32", values="*fp32", table="*fp32", factors="*fp32")
 sizes = dict(n="i32", n_bytes="i32")
-for arch in 80, 90:
-    for out, double in ("bf16", True), ("fp16", False):
-        ptx = compiled(_dequantize_kernel, arch, dict(
-            codes="*u8", absmax="*u8" if double else "*fp32", **tables, out=f"*{out}", **sizes,
-            first="i32"), BLOCK=64, ROWS=64, DOUBLE=double)
+for arch in 75, 80, 90:
+    for out, double, strided in (("bf16", True, False), ("fp16", False, True),
+                                 ("fp8e4nv", True, False)):
+        if out == "fp8e4nv" and arch < 89: continue
+        types = dict(absmax="*u8" if double else "*fp32", **tables, out=f"*{out}")
+        flags = dict(BLOCK=64, DOUBLE=double, ROWS=out == "fp8e4nv")
+        ptx = compiled(_words_kernel, arch, dict(codes="*i32", **types, n_words="i32",
+            stride="i32", first="i32"), COLUMNS=4096, WORDS=128, STRIDED=strided,
+            SHUFFLE=True, **flags)
         assert "fma.rn.f32" not in ptx  # product and sum are rounded one by one
-        assert "ld.global.v4.b32" in ptx and "st.global.v4.b32" in ptx
+        assert f"st.global.v{2 if flags['ROWS'] else 4}.b32" in ptx and "st.shared" not in ptx
+        ptx = compiled(_bytes_kernel, arch, dict(codes="*u8", **types, **sizes, columns="i32",
+            stride="i32", first="i32"), BYTES=2048, **flags)
+        assert "fma.rn.f32" not in ptx
+    if arch == 75: continue
     ptx = compiled(_quantize_kernel, arch, dict(
         w="*bf16", codes="*u8", absmax="*fp32", borders="*fp32", order="*u8", **sizes),
         BLOCK=64, ROWS=64, FAST=True)

@@ -9,7 +9,7 @@ Before it is timed, each back end is compared with the formula (see `measure`). 
 distance from the formula in float64. TFLOP/s count what causality leaves: 4·head_dim
 operations a pair of tokens forward, 2.5 times that backward.
 """
-import argparse, itertools, sys
+import argparse, sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -20,6 +20,12 @@ from ftkit.kernels import attention as kernels
 from ftkit.kernels.attention import Rows, reference_backward, reference_forward
 from ftkit.kernels.backends import BACKENDS, case_of
 from ftkit.kernels.launch import capability
+
+SHAPES = [(128, 64, 8, 2), (128, 64, 8, 3), (128, 64, 4, 2), (64, 64, 4, 2), (64, 64, 4, 3),
+          (128, 128, 8, 2), (128, 32, 8, 3)] # queries, keys, warps, stages
+TILES = dict(forward=SHAPES, queries=SHAPES,
+             keys=[(64, 128, 8, 2), (64, 128, 8, 1), (64, 64, 8, 2), (64, 64, 4, 2),
+                   (32, 128, 8, 2), (32, 128, 8, 3), (128, 64, 8, 2), (32, 64, 4, 3)])
 
 
 def packed_rows(total, mean, seed=0):
@@ -68,7 +74,7 @@ def sweep(heads, kv_heads, head_dim, dtype, rows, args):
     def backward(): kernels.kernel_backward(dout, q, k, v, out, lse, rows, *how)
     for kind, run in dict(forward=forward, queries=backward, keys=backward).items():
         key, times = (kind, wide, q.element_size(), capability(q)), {}
-        for shape in itertools.product((32, 64, 128), (32, 64, 128), (4, 8), (1, 2, 3, 4)):
+        for shape in TILES[kind]:
             before = kernels._fits.get(key)
             kernels._fits[key] = [shape]
             try:

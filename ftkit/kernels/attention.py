@@ -239,6 +239,7 @@ def _forward_kernel(q, k, v, out, lse, first, tokens, seq, window, scale, cap,
 
 # %% ../../nbs/55_kernels.attention.ipynb #9f2fb43f
 _SMALLER = [(64, 64, 4, 2), (64, 32, 4, 2), (32, 32, 4, 2), (32, 32, 4, 1), (16, 16, 4, 1)]
+_PLAIN = [(32, 32, 8, 1), (16, 32, 8, 1), (16, 16, 4, 1)] # without tensor cores
 _BEST = dict(forward={64: (128, 64, 4, 3), 128: (128, 64, 8, 3), 256: (128, 64, 8, 2)},
              queries={64: (128, 64, 8, 2), 128: (128, 64, 8, 2), 256: (64, 32, 8, 2)},
              keys={64: (64, 128, 8, 2), 128: (64, 128, 8, 2), 256: (32, 64, 8, 2)})
@@ -251,9 +252,8 @@ def tiles(kind:str,        # "forward", or the halves of backward: "queries", "k
          )->list:          # Of (queries, keys, warps, stages)
     "Shapes of tiles to try, the best first."
     if capability == (0, 0): return [(16, 32, 4, 1) if kind == "keys" else (32, 16, 4, 1)]
-    if size > 2: return _SMALLER[1 + (wide > 64) + (wide > 128):]
-    best = [_BEST[kind][max(64, wide)]] if capability >= (8, 0) else []
-    return best + _SMALLER[wide > 128:]
+    if size > 2 or capability < (8, 0): return _PLAIN[wide > 64:]
+    return [_BEST[kind][max(64, wide)], *_SMALLER[wide > 128:]]
 
 # %% ../../nbs/55_kernels.attention.ipynb #bad6176e
 _fits = {}
@@ -291,7 +291,8 @@ def check_heads(q:Tensor, k:Tensor, v:Tensor, # [tokens, heads, head_dim], kv_he
     "Raise a ValueError unless the three fit together and to `rows`."
     shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
     if not q.ndim == k.ndim == v.ndim == 3 or k.shape != v.shape or q.shape[::2] != k.shape[::2]:
-        raise ValueError(f"attention wants [tokens, heads, head_dim], alike but for heads: {shapes}")
+        raise ValueError("attention wants [tokens, heads, head_dim], alike but for heads; found "
+                         + shapes)
     if not k.shape[1] or q.shape[1] % k.shape[1]:
         raise ValueError(f"attention: {q.shape[1]} heads of queries do not share "
                          f"{k.shape[1]} of keys")
@@ -357,23 +358,29 @@ def _queries_kernel(q, k, v, out, dout, dq, lse, delta, first, tokens, seq, wind
 
 # %% ../../nbs/55_kernels.attention.ipynb #f93f1c4f
 @jit
-def _keys_step(k_sum, v_sum, ks, vs, q, dout, lse, delta, first, head, m, n, tokens, seq, window,
+def _numbers(base, start, tokens, SIZE:tl.constexpr, CHECK:tl.constexpr):
+    "Numbers from `start` on; zeros beyond the end."
+    i = tl.arange(0, SIZE)
+    if CHECK: x = tl.load(base + start + i, mask=start + i < tokens, other=0.0)
+    else: x = tl.load(base + start + i)
+    return x
+
+@jit
+def _keys_step(k_sum, v_sum, ks, vs, q, dout, lse, delta, first, m, n, tokens, seq, window,
                scale, cap, q_row, dout_row, HEAD:tl.constexpr, WIDE:tl.constexpr,
                DENSE:tl.constexpr, CAP:tl.constexpr, PRECISION:tl.constexpr,
                M:tl.constexpr, N:tl.constexpr, MASK:tl.constexpr):
     "The sums of dk and dv after `M` more queries."
-    i = m + tl.arange(0, M)
-    at = head.to(tl.int64)*tokens + i
     qs = _tile(q, m, q_row, tokens, M, HEAD, WIDE, MASK)
     do = _tile(dout, m, dout_row, tokens, M, HEAD, WIDE, MASK)
     s = _scores(ks, qs, scale, cap, CAP, PRECISION)
     ds = tl.dot(vs, tl.trans(do), input_precision=PRECISION)
-    ds = ds - tl.load(delta + at, mask=i < tokens, other=0.0)[None, :]
-    ds = _slope(ds, s, cap, CAP)
+    ds = _slope(ds - _numbers(delta, m, tokens, M, MASK)[None, :], s, cap, CAP)
     if MASK:
+        i = m + tl.arange(0, M)
         low = _first_key(i, first, tokens, seq, window, DENSE)
         s = _seen(s, i[None, :], low[None, :], n + tl.arange(0, N)[:, None])
-    p = tl.exp2(s - tl.load(lse + at, mask=i < tokens, other=0.0)[None, :])
+    p = tl.exp2(s - _numbers(lse, m, tokens, M, MASK)[None, :])
     v_sum = tl.dot(p.to(do.dtype), do, v_sum, input_precision=PRECISION)
     return tl.dot((p*ds).to(qs.dtype), qs, k_sum, input_precision=PRECISION),v_sum
 
@@ -397,12 +404,13 @@ def _keys_kernel(q, k, v, dout, dk, dv, lse, delta, first, last, tokens, seq, wi
     k_sum,v_sum = tl.zeros([N, WIDE], tl.float32),tl.zeros([N, WIDE], tl.float32)
     for g in range(GROUP):
         head = kv*GROUP + g
+        line = head.to(tl.int64)*tokens
         for part in tl.static_range(3):
             start = n if part == 0 else (full if part == 1 else edge)
             for m in range(start, full if part == 0 else (edge if part == 1 else end), M):
                 k_sum,v_sum = _keys_step(
-                    k_sum, v_sum, ks, vs, q + head*q_head, dout + head*dout_head, lse, delta,
-                    first, head, m, n, tokens, seq, window, scale, cap, q_row, dout_row,
+                    k_sum, v_sum, ks, vs, q + head*q_head, dout + head*dout_head, lse + line,
+                    delta + line, first, m, n, tokens, seq, window, scale, cap, q_row, dout_row,
                     HEAD, WIDE, DENSE, CAP, PRECISION, M, N, part != 1)
     _put(dk + kv*dk_head, n, dk_row, tokens, k_sum*plain, N, HEAD, WIDE)
     _put(dv + kv*dv_head, n, dv_row, tokens, v_sum, N, HEAD, WIDE)

@@ -85,7 +85,8 @@ def _triton_refuses(case):
         return "there is no Triton for this device"
     if case.head_dim > 256: return "heads are wider than 256"
     if case.dtype == torch.float64: return "it computes in float32"
-    if case.dtype == torch.bfloat16 and (0, 0) < case.chip < (8, 0): return "the GPU has no bfloat16"
+    if case.dtype == torch.bfloat16 and (0, 0) < case.chip < (8, 0):
+        return "the GPU has no bfloat16"
 
 def _triton_forward(*args):
     out,lse = kernel_forward(*args)

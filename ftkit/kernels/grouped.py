@@ -34,36 +34,38 @@ def _matmul_plain(x, w, offsets, rows, extra, out, scale, drop):
     return out
 
 # %% ../../nbs/09_kernels.grouped.ipynb #87df6a76
-@jit
-def _kept(seed, row, column, columns, p):
-    "1/(1 - p) where an entry stays, 0 where it is dropped."
-    place = row.to(tl.uint32)[:, None]*columns + column.to(tl.uint32)[None, :]
-    return tl.where(tl.rand(seed, place) >= p, 1/(1 - p), 0.0)
-
-@jit
-def _mask_kernel(out, seeds, n_rows, columns, p, BM:tl.constexpr, BN:tl.constexpr):
-    row,column = tl.program_id(0)*BM + tl.arange(0, BM),tl.program_id(1)*BN + tl.arange(0, BN)
-    at = row.to(tl.int64)[:, None]*columns + column[None, :]
-    there = (row < n_rows)[:, None] & (column < columns)[None, :]
-    tl.store(out + at, _kept(tl.load(seeds), row, column, columns, p), mask=there)
-
-# %% ../../nbs/09_kernels.grouped.ipynb #ea96fa7a
 def new_seed(device)->Tensor: # [1], int64
     "A seed for a mask, drawn where it is used."
     return torch.randint(2**31 - 1, (1,), device=device)
+
+def _mix_plain(x):
+    x = (x ^ (x >> 16))*0x7feb352d & 0xffffffff
+    x = (x ^ (x >> 15))*0x846ca68b & 0xffffffff
+    return x ^ (x >> 16)
 
 def drop_mask(seed:Tensor, # [1], from `new_seed`
               p:float,     # Share of the entries that are dropped
               shape:tuple  # Of the mask: rows, columns
              )->Tensor:    # 0 or 1/(1 - p), float32
-    "The mask that stands for this seed."
-    if not use_kernels(seed):
-        g = torch.Generator(seed.device).manual_seed(seed.item())
-        return (torch.rand(shape, generator=g, device=seed.device) >= p)/(1 - p)
-    out = torch.empty(shape, device=seed.device)
-    grid = (triton.cdiv(shape[0], 32), triton.cdiv(shape[1], 64))
-    with on(out): _mask_kernel[grid](out, seed, *shape, p, BM=32, BN=64)
-    return out
+    "The mask that stands for this seed, the same on every device."
+    row,column = (torch.arange(n, device=seed.device) for n in shape)
+    row = _mix_plain(row + seed*0x9e3779b9 & 0xffffffff)
+    x = _mix_plain(row[:, None] ^ (column*0x85ebca6b & 0xffffffff))
+    return ((x >> 8).float()*2**-24 >= p)/(1 - p)
+
+# %% ../../nbs/09_kernels.grouped.ipynb #ea96fa7a
+@jit
+def _mix(x):
+    x = (x ^ (x >> 16))*0x7feb352d
+    x = (x ^ (x >> 15))*0x846ca68b
+    return x ^ (x >> 16)
+
+@jit
+def _kept(seed, row, column, p):
+    "1/(1 - p) where an entry stays, 0 where it is dropped."
+    row = _mix(row.to(tl.uint32) + seed.to(tl.uint32)*0x9e3779b9)
+    x = _mix(row[:, None] ^ (column.to(tl.uint32)*0x85ebca6b)[None, :])
+    return tl.where((x >> 8).to(tl.float32)*5.9604644775390625e-08 >= p, 1/(1 - p), 0.0)
 
 # %% ../../nbs/09_kernels.grouped.ipynb #2c73d071
 @jit
@@ -101,28 +103,28 @@ def _swizzle(pid, tiles_m, tiles_n, GROUP:tl.constexpr):
     return first + inside % width, inside//width
 
 # %% ../../nbs/09_kernels.grouped.ipynb #9d02d135
-@jit(do_not_specialize=["p", "scale"])
-def _matmul_kernel(x, w, out, offsets, rows, x2, w2, seeds, experts, N, K, R, sx, se, sn, sk, so,
-                   s2, w2e, w2n, w2k, scale, p, BM:tl.constexpr, BN:tl.constexpr,
+@jit(do_not_specialize=["experts", "before", "p", "scale"])
+def _matmul_kernel(x, w, out, offsets, before, rows, x2, w2, seeds, experts, N, K, R, sx, se, sn,
+                   sk, so, s2, w2e, w2n, w2k, scale, p, BM:tl.constexpr, BN:tl.constexpr,
                    BK:tl.constexpr, BR:tl.constexpr, EP:tl.constexpr, ROWS:tl.constexpr,
                    EXTRA:tl.constexpr, DROP:tl.constexpr, PREC:tl.constexpr):
     tiles_n = tl.cdiv(N, BN)
     t,tn = _swizzle(tl.program_id(0), tl.num_programs(0)//tiles_n, tiles_n, 8)
-    e,row,end = _tile(offsets, experts, t, BM, EP)
+    e,row,end = _tile(offsets + before, experts, t, BM, EP)
     if e < experts:
         m,n,k = row + tl.arange(0, BM),tn*BN + tl.arange(0, BN),tl.arange(0, BK)
         live,at = m < end,e.to(tl.int64)
         acc = tl.zeros([BM, BN], dtype=tl.float32)
         if EXTRA:
             acc = _extra_product(x2, w2 + at*w2e, m, n, live, s2, w2n, w2k, N, R, BR, PREC, BM, BN)
-            if DROP: acc *= _kept(tl.load(seeds), m, n, N, p)
+            if DROP: acc *= _kept(tl.load(seeds), m, n, p)
         source = tl.load(rows + m, mask=live, other=0) if ROWS else m
         a_at = x + source.to(tl.int64)[:, None]*sx + k[None, :]
         b_at = w + at*se + n.to(tl.int64)[None, :]*sn + k.to(tl.int64)[:, None]*sk
         for k0 in range(0, K, BK):
             a = tl.load(a_at + k0, mask=live[:, None] & (k0 + k < K)[None, :], other=0)
             if DROP and not EXTRA:
-                a = (a*_kept(tl.load(seeds), m, k0 + k, K, p)).to(x.dtype.element_ty)
+                a = (a*_kept(tl.load(seeds), m, k0 + k, p)).to(x.dtype.element_ty)
             b = tl.load(b_at, mask=(n < N)[None, :] & (k0 + k < K)[:, None], other=0)
             acc = tl.dot(a, b, acc, input_precision=PREC)
             b_at += BK*sk
@@ -136,7 +138,8 @@ def _sizes(t, average, width):
     "Tile sizes, warps and stages for products of this type."
     card = capability(t)
     if t.element_size() > 2 or (0, 0) < card < (8, 0): wide,deep,stages = 64,32,2
-    else: wide,deep,stages = 256 if card[0] == 9 else 128,64,3 if card[0] >= 9 else 2
+    elif card[0] < 9: wide,deep,stages = 128,32,4
+    else: wide,deep,stages = 256 if card[0] == 9 else 128,64,3
     BM,BN = _power(average, 16, min(wide, 128)),_power(width, 16, wide)
     return dict(BM=BM, BN=BN, BK=deep, num_warps=8 if BM*BN >= 128*128 else 4, num_stages=stages)
 
@@ -184,15 +187,17 @@ def grouped_matmul(x:Tensor,        # [M, K], or [any, K] with `rows`; rows cont
     if not M or not _kernels_for(x):
         return _matmul_plain(x, w, offsets, rows, extra, out, scale, drop) if M else out
     x2,w2 = extra or (x, w)
-    sizes,R = _sizes(x, average or M//E, N),w2.shape[2]
+    width = min(N, 128) if drop else N # a mask takes registers
+    sizes,R = _sizes(x, average or M//E, width),w2.shape[2]
     grid = ((M//sizes["BM"] + min(E, M))*triton.cdiv(N, sizes["BN"]),)
     seed,p = drop or (offsets, 0.)
+    start = offsets.as_strided((1,), (1,), 0) # a part's own address would be compiled for anew
     with on(x):
         _matmul_kernel[grid](
-            x, w, out, offsets, offsets if rows is None else rows, x2, w2, seed, E, N, K, R,
-            row_stride(x), *w.stride(), row_stride(out), row_stride(x2), *w2.stride(), scale, p,
-            BR=_power(R, 16, 64), EP=_power(E), ROWS=rows is not None, EXTRA=extra is not None,
-            DROP=drop is not None, PREC=_precision(x), **sizes)
+            x, w, out, start, offsets.storage_offset(), start if rows is None else rows, x2, w2,
+            seed, E, N, K, R, row_stride(x), *w.stride(), row_stride(out), row_stride(x2),
+            *w2.stride(), scale, p, BR=_power(R, 16, 64), EP=_power(E), ROWS=rows is not None,
+            EXTRA=extra is not None, DROP=drop is not None, PREC=_precision(x), **sizes)
     return out
 
 # %% ../../nbs/09_kernels.grouped.ipynb #621dfb32
@@ -223,7 +228,7 @@ def _outer_kernel(a, b, out, offsets, a_rows, b_rows, seeds, P, Q, sa, sb, p, BM
                        mask=live[None, :] & (i < P)[:, None], other=0)
         right = tl.load(b + mb.to(tl.int64)[:, None]*sb + j[None, :],
                         mask=live[:, None] & (j < Q)[None, :], other=0)
-        if DROP: right = (right*_kept(tl.load(seeds), m, j, Q, p)).to(b.dtype.element_ty)
+        if DROP: right = (right*_kept(tl.load(seeds), m, j, p)).to(b.dtype.element_ty)
         acc = tl.dot(left, right, acc, input_precision=PREC)
     at = out + e*P*Q + i.to(tl.int64)[:, None]*Q + j[None, :]
     tl.store(at, acc.to(out.dtype.element_ty), mask=(i < P)[:, None] & (j < Q)[None, :])

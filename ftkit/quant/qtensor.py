@@ -169,36 +169,64 @@ def bits_per_weight(q:QTensor)->float:
 
 # %% ../../nbs/12_quant.qtensor.ipynb #41fee9db
 @patch
+def __getitem__(self:QTensor,
+                i # The number of an expert, or a slice of a matrix's rows
+               )->QTensor:
+    "The weights of an expert or of some rows, still in four bits; nothing is copied."
+    if isinstance(i, slice): return self._rows(i)
+    if len(self.shape) != 3: raise FtkitError(f"{self!r} holds no experts; they need 3 dimensions")
+    n = self.shape[1]*self.shape[2]
+    return self._part(i*n, n, self.shape[1:])
+
+@patch
+def _rows(self:QTensor, rows:slice)->QTensor:
+    start,stop,step = rows.indices(self.shape[0])
+    if len(self.shape) != 2 or step != 1 or start >= stop:
+        raise FtkitError(f"{rows} of {self!r}",
+                         fix="Take one or more neighbouring rows of a matrix")
+    width = self.shape[1]
+    return self._part(start*width, (stop - start)*width, (stop - start, width))
+
+@patch
+def _part(self:QTensor, begin:int, n:int, shape:tuple)->QTensor:
+    if begin % self.block:
+        raise FtkitError(f"weight {begin} is inside a block of {self.block}", where=repr(self),
+                         fix="Begin where a block begins")
+    a,blocks = begin//self.block,-(-n//self.block)
+    first,nested = self.first + a,self.nested_absmax
+    if self.double: nested = nested[first//NESTED:-(-(first + blocks)//NESTED)]
+    return replace(self, codes=self.codes[begin//2:(begin + n + 1)//2], shape=tuple(shape),
+                   absmax=self.absmax[a:a + blocks], nested_absmax=nested, first=first % NESTED)
+
+# %% ../../nbs/12_quant.qtensor.ipynb #fc18e3fc
+@patch
 def dequantize(self:QTensor,
-               dtype=None,     # Type of the weights; None: the type they had
-               out:Tensor=None # Where to write them, contiguous; made if there is none
-              )->Tensor:       # The weights, of `shape`
+               dtype=None,       # Type of the weights; None: the type they had
+               out:Tensor=None,  # Where to write them, rows contiguous; made if there is none
+               rows:slice=None   # Only these rows of a matrix
+              )->Tensor:         # The weights, of `shape`
     "The weights that the codes stand for."
+    if rows is not None: return self[rows].dequantize(dtype, out)
     if out is None: out = torch.empty(self.shape, dtype=dtype or self.dtype, device=self.device)
-    if tuple(out.shape) != self.shape or not out.is_contiguous() or out.device != self.device:
-        raise FtkitError(f"expected contiguous memory for {self.shape} on {self.device}", "out")
+    if tuple(out.shape) != self.shape or not _in_rows(out) or out.device != self.device:
+        raise FtkitError(f"expected contiguous rows for {self.shape} on {self.device}", "out")
     if self.device.type == "meta": return out
     if has_kernels(self.codes):
         from ftkit.kernels.nf4 import dequantize_kernel
         return dequantize_kernel(self.codes, self.absmax, out, self.kind, self.block,
                                  self.nested_absmax, self.offset, dynamic_map(self.device),
                                  self.first)
-    absmax = self.absmax
-    if self.double: absmax = dequantize_scales(absmax, self.nested_absmax, self.offset, self.first)
-    return dequantize_blocks(self.codes, absmax, self.shape, self.kind, self.block, out=out)
+    return self._by_formula(out)
+
+def _in_rows(out): return out.is_contiguous() or (out.ndim == 2 and out.stride(1) == 1)
 
 @patch
-def __getitem__(self:QTensor, e:int)->QTensor:
-    "The weights of expert `e`, still in four bits; nothing is copied."
-    if len(self.shape) != 3: raise FtkitError(f"{self!r} holds no experts; they need 3 dimensions")
-    n = self.shape[1]*self.shape[2]
-    blocks = n//self.block
-    first = self.first + e*blocks
-    nested = self.nested_absmax
-    if self.double: nested = nested[first//NESTED:-(-(first + blocks)//NESTED)]
-    return replace(self, codes=self.codes[e*n//2:(e + 1)*n//2], shape=tuple(self.shape[1:]),
-                   absmax=self.absmax[e*blocks:(e + 1)*blocks], nested_absmax=nested,
-                   first=first % NESTED)
+def _by_formula(self:QTensor, out:Tensor)->Tensor:
+    absmax = self.absmax
+    if self.double: absmax = dequantize_scales(absmax, self.nested_absmax, self.offset, self.first)
+    there = out if out.is_contiguous() else out.new_empty(out.shape)
+    dequantize_blocks(self.codes, absmax, self.shape, self.kind, self.block, out=there)
+    return out if there is out else out.copy_(there)
 
 # %% ../../nbs/12_quant.qtensor.ipynb #b7987292
 @patch

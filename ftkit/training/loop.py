@@ -82,6 +82,7 @@ def _plan(self:Trainer):
                      self.lengths)
     self.total_steps = cfg.max_steps or math.ceil(cfg.epochs*self.plan.per_epoch)
     self.parameters = [p for p in self.model.parameters() if p.requires_grad]
+    check_weights(self.model, self.precision, rounds=True) # before what cannot be built for them
     self.optimizer = build_optimizer(self.model, self.optim, parts=cfg.step_in_backward)
     check_weights(self.model, self.precision, rounds=hasattr(self.optimizer, "clip_and_step"))
     self.schedule = build_schedule(self.optimizer, self.optim, self.total_steps)

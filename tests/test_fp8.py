@@ -1,0 +1,359 @@
+"Eight bits: codes, kernels, projections and a model's loss, beside float64 and sixteen bits."
+import os
+from contextlib import nullcontext
+
+import pytest
+import torch
+
+if not torch.cuda.is_available(): os.environ.setdefault("TRITON_INTERPRET", "1")
+from torch import nn
+from torch.testing import assert_close
+from ftkit.core import FtkitError
+from ftkit.kernels.eight import (EightProjection, eight_why_not, glu_backward_codes, glu_codes,
+                                 rms_codes)
+from ftkit.kernels.fp8 import (qtensor_scales, qtensor_to_fp8, quantize_rows, scaled_linear,
+                               transpose_codes, why_not_fp8)
+from ftkit.kernels.glu import glu_backward, glu_forward
+from ftkit.kernels.launch import capability, interpreted
+from ftkit.kernels.lora import Projection
+from ftkit.kernels.norm import rms_forward
+from ftkit.lora.layers import LoraLinear
+from ftkit.quant.fp8 import E4M3, fp8_product, from_fp8, row_scales, to_fp8
+from ftkit.quant.linear import QLinear
+from ftkit.quant.qtensor import quantize
+
+triton = pytest.importorskip("triton")
+GPU = torch.cuda.is_available()
+DEVICE = "cuda" if GPU else "cpu"
+pytestmark = pytest.mark.skipif(GPU and capability("cuda") < (8, 9),
+                                reason="no tensor cores of e4m3")
+cuda = pytest.mark.skipif(not GPU, reason="needs a GPU")
+
+
+def kernels():
+    "On a GPU the kernels themselves; on a CPU Triton's interpreter, if this process has it."
+    if GPU: return nullcontext()
+    if os.environ.get("TRITON_INTERPRET") != "1": pytest.skip("TRITON_INTERPRET=1 comes too late")
+    return interpreted()
+
+
+def randn(*shape, seed=0, dtype=torch.float32):
+    g = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=g).to(DEVICE, dtype)
+
+
+def off(a, b): return ((a.double() - b.double()).norm()/b.double().norm()).item()
+
+
+# ------------------------------------------------------------ codes
+
+@pytest.mark.parametrize("scale", (1e-30, 1e-3, 1., 1e30))
+def test_rows_of_any_size_come_back(scale):
+    x = randn(20, 333)*scale
+    codes, scales = to_fp8(x)
+    back = from_fp8(codes, scales)
+    small = x.abs() < 2**-6*scales  # where the steps no longer shrink
+    assert ((back - x).abs() <= torch.where(small, 2**-10*scales, x.abs()/16*1.001)).all()
+    assert_close(back.abs().amax(1), x.abs().amax(1))
+
+
+def test_the_product_and_the_way_back_against_float64():
+    x, w, dy = randn(70, 128), 0.02*randn(96, 128, seed=1), randn(70, 96, seed=2)
+    w *= torch.logspace(-2, 2, 96, device=DEVICE)[:, None]
+    w8, sw = to_fp8(w)
+    assert off(fp8_product(*to_fp8(x), w8, sw, torch.float32), x.double() @ w.double().T) < 0.04
+    dx = fp8_product(*to_fp8(dy, sw.view(-1)), w8.T, dtype=torch.float32)
+    assert off(dx, dy.double() @ w.double()) < 0.045
+
+
+def test_errors_are_not_one_sided():
+    x, w = randn(4000, 64), randn(32, 64, seed=1)
+    error = fp8_product(*to_fp8(x), *to_fp8(w), torch.float32) - x @ w.T
+    assert abs((error.mean()/error.std()).item()) < 0.02
+
+
+# ------------------------------------------------------------ kernels
+
+def same(ours, theirs, share=1.):
+    "Scales to the last bit, and codes once PyTorch has rounded them."
+    assert_close(ours[1], theirs[1], rtol=1e-6, atol=0)
+    assert (ours[0].to(E4M3).float() == theirs[0].float()).float().mean() >= share
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float16))
+@pytest.mark.parametrize("shape", ((1, 1), (7, 33), (3, 1000), (2, 0)))
+def test_rows_in_one_pass(shape, dtype):
+    if not shape[1]: return
+    wide, factors = randn(shape[0], shape[1] + 24, dtype=dtype), randn(shape[1], seed=3)
+    x = wide[:, 8:8 + shape[1]]
+    for f in None, factors:
+        codes = torch.full((shape[0], shape[1] + 5), -1., device=DEVICE)
+        with kernels(): ours = quantize_rows(x, f, codes[:, :shape[1]])
+        same(ours, to_fp8(x, f), 0.99)
+        assert (codes[:, shape[1]:] == -1).all()
+
+
+def test_rows_that_are_read_twice(monkeypatch):
+    monkeypatch.setattr("ftkit.kernels.fp8.WIDEST", 256)
+    x, factors = randn(3, 5000), randn(5000, seed=1)
+    with kernels(): ours = quantize_rows(x, factors, torch.empty_like(x))
+    same(ours, to_fp8(x, factors), 0.99)
+
+
+def test_no_rows():
+    with kernels(): codes, scales = quantize_rows(randn(0, 64))
+    assert codes.shape == (0, 64) and scales.shape == (0, 1)
+
+
+@pytest.mark.parametrize("shape", ((1, 1), (128, 128), (130, 257)))
+def test_bytes_turn(shape):
+    codes = randn(*shape).to(E4M3)
+    out = torch.empty(shape[1], shape[0] + 3, dtype=E4M3, device=DEVICE)[:, :shape[0]]
+    with kernels(): transpose_codes(codes, out)
+    assert torch.equal(out.float(), codes.float().T)
+
+
+@pytest.mark.parametrize("kind, block, double, shape", (
+    ("nf4", 64, True, (130, 192)), ("fp4", 32, False, (64, 72)), ("nf4", 128, True, (33, 40)),
+    ("nf4", 64, True, (5, 13))))
+def test_from_four_bits(kind, block, double, shape):
+    q = quantize(0.02*randn(*shape), kind, block, double)
+    scales = qtensor_scales(q)
+    assert_close(scales, row_scales(q.dequantize(torch.float32)))
+    theirs = to_fp8(q.dequantize(torch.float32))[0]
+    wide = torch.full((shape[1], shape[0] + 7), 3., device=DEVICE)
+    with kernels():
+        straight = qtensor_to_fp8(q, scales, torch.empty(shape, device=DEVICE))
+        turned = qtensor_to_fp8(q, scales, wide[:, :shape[0]], transposed=True)
+    same((straight, scales), (theirs, scales), 0.995)
+    assert torch.equal(turned, straight.T) and (wide[:, shape[0]:] == 3).all()
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float16))
+@pytest.mark.parametrize("width", (64, 100, 1000))
+def test_the_norm_with_codes(width, dtype):
+    x, r, weight = randn(5, width, dtype=dtype), randn(5, width, seed=1, dtype=dtype), \
+        randn(width, seed=2, dtype=dtype)
+    for plus, residual, scale in (0., None, 1.), (1., r, 1.), (0., r, 0.3):
+        room = torch.empty(5, width, device=DEVICE)
+        with kernels(): ours = rms_codes(x, weight, 1e-6, plus, residual, scale=scale, codes=room)
+        theirs = rms_forward(x, weight, 1e-6, plus, residual, scale=scale)
+        for a, b in zip(ours, theirs): assert_close(a, b, rtol=2e-3, atol=2e-3)
+        same(ours[3:], to_fp8(ours[0]), 0.99)
+
+
+@pytest.mark.parametrize("act", ("silu", "gelu_tanh", "gelu"))
+@pytest.mark.parametrize("width", (48, 700))
+def test_the_gated_middle_with_codes(act, width):
+    gate_up, dh, factors = randn(4, 2*width), randn(4, width, seed=1), randn(2*width, seed=2).abs()
+    for up_first in False, True:
+        with kernels():
+            h, *codes = glu_codes(gate_up, act, up_first=up_first, codes=torch.empty_like(dh))
+        assert_close(h, glu_forward(gate_up, act, up_first=up_first), rtol=1e-5, atol=1e-6)
+        same(codes, to_fp8(h), 0.99)
+        again = torch.empty_like(dh)
+        with kernels():
+            d, *codes = glu_backward_codes(dh, gate_up, factors, act, h=again, up_first=up_first,
+                                           codes=torch.empty_like(gate_up))
+        assert_close(d, glu_backward(dh, gate_up, act, up_first=up_first), rtol=1e-4, atol=1e-5)
+        assert_close(again, h, rtol=1e-5, atol=1e-6)
+        same(codes, to_fp8(d, factors), 0.99)
+
+
+@cuda
+def test_compiled_kernels_round_as_pytorch():
+    x = randn(300, 4096, dtype=torch.bfloat16)
+    codes, scales = quantize_rows(x)
+    theirs = to_fp8(x)
+    assert torch.equal(scales, theirs[1])
+    if capability("cuda") < (9, 0): return  # by way of float16, rounded twice
+    assert (codes.float() != theirs[0].float()).float().mean() < 1e-4
+    q = quantize(0.02*randn(1024, 4096, dtype=torch.bfloat16))
+    scales = qtensor_scales(q)
+    straight = qtensor_to_fp8(q, scales)
+    theirs = to_fp8(q.dequantize(torch.float32), scales=scales)[0]
+    assert (straight.float() != theirs.float()).float().mean() < 1e-3
+    assert torch.equal(qtensor_to_fp8(q, scales, transposed=True).float(), straight.float().T)
+
+
+@cuda
+def test_the_product_of_tensor_cores():
+    x, w = randn(333, 256, dtype=torch.bfloat16), randn(96, 256, seed=1, dtype=torch.bfloat16)
+    codes = *quantize_rows(x), *quantize_rows(w)
+    assert off(scaled_linear(*codes), fp8_product(*codes, torch.float32)) < 0.005
+    assert off(scaled_linear(*codes), x.double() @ w.double().T) < 0.045
+
+
+COMPILED = """
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from ftkit.kernels.eight import _glu_back_codes_kernel, _glu_codes_kernel, _norm_codes_kernel
+from ftkit.kernels.fp8 import _rows_kernel, _turn_kernel, _turned_kernel, _wide_rows_kernel
+
+def compiled(kernel, types, warps=8, arch=90, **constants):
+    types = dict(t.split(":") for t in types.split())
+    signature = types | {k: "constexpr" for k in constants}
+    even = {(i,): [["tt.divisibility", 16]] for i, t in enumerate(types) if types[t] != "fp32"}
+    source = ASTSource(kernel, signature, constexprs=constants, attrs=even)
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=dict(num_warps=warps))
+
+rows = "x:*bf16 factors:*fp32 codes:*fp8e4nv scales:*fp32 width:i32 stride:i32 out_stride:i32"
+compiled(_rows_kernel, rows, 16, 89, FACTORS=True, BLOCK=16384)
+compiled(_wide_rows_kernel, rows, FACTORS=False, BLOCK=4096)
+compiled(_turn_kernel, "codes:*u8 out:*u8 rows:i32 columns:i32 stride:i32 out_stride:i32", SIDE=128)
+compiled(_turned_kernel, "codes:*i32 absmax:*u8 nested:*fp32 offset:*fp32 values:*fp32 "
+         "table:*fp32 factors:*fp32 out:*fp8e4nv rows:i32 stride:i32 first:i32", COLUMNS=4096,
+         BLOCK=64, HIGH=128, WORDS=8, DOUBLE=True, SHUFFLE=True)
+norm = compiled(_norm_codes_kernel, "x:*bf16 residual:*bf16 weight:*bf16 y:*bf16 summed:*bf16 "
+    "inverse:*fp32 codes:*fp8e4nv scales:*fp32 eps:fp32 scale:fp32 width:i32 xs:i32 rs:i32 ys:i32 "
+    "ss:i32 cs:i32", 4, BLOCK=4096, PLUS=0., ADD=True)
+compiled(_glu_codes_kernel, "gate:*bf16 up:*bf16 h:*bf16 codes:*fp8e4nv scales:*fp32 gs:i32 hs:i32 "
+         "cs:i32 width:i32", 16, ACT="silu", BLOCK=16384)
+back = compiled(_glu_back_codes_kernel, "dh:*bf16 gate:*bf16 up:*bf16 dgate:*bf16 dup:*bf16 "
+    "h:*bf16 factors:*fp32 factors_up:*fp32 codes:*fp8e4nv codes_up:*fp8e4nv scales:*fp32 ds:i32 gs:i32 "
+    "os:i32 hs:i32 cs:i32 width:i32", 16, ACT="silu", BLOCK=16384, AGAIN=True)
+for k in norm, back: assert "e4m3x2.f32" in k.asm["ptx"]
+print("compiled")
+"""
+
+
+def test_kernels_compile_without_a_gpu(tmp_path):
+    import subprocess, sys
+    from pathlib import Path
+    (tmp_path/"program.py").write_text(COMPILED)
+    env = os.environ | dict(TRITON_INTERPRET="0", TRITON_CACHE_DIR=str(tmp_path), PYTHONPATH=(
+        os.pathsep.join([str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH", "")])))
+    done = subprocess.run([sys.executable, tmp_path/"program.py"], env=env, capture_output=True,
+                          text=True)
+    assert done.stdout.strip() == "compiled", done.stderr[-2000:]
+
+
+# ------------------------------------------------------------ projections
+
+def layers(*outs, width=64, r=4, quantized=False, bias=True, dropout=0.):
+    torch.manual_seed(0)
+    made = []
+    for i, n in enumerate(outs):
+        base = nn.Linear(width, n, bias=bias and i % 2 == 1).requires_grad_(False)
+        if quantized: base = QLinear.from_linear(base)
+        m = LoraLinear(base, r=r, alpha=2*r, dropout=dropout) if r and i < 2 else base
+        if r and i < 2: nn.init.normal_(m.B, std=0.05)
+        made.append(m.to(DEVICE))
+    return made
+
+
+def dense(m): return m.weight.detach().float()
+
+
+@pytest.mark.parametrize("keep", ("both", "one", "none"))
+@pytest.mark.parametrize("quantized", (False, True))
+def test_a_projection_is_near_that_in_sixteen_bits(keep, quantized):
+    modules = layers(64, 32, 32, quantized=quantized)
+    x, dy = randn(50, 64), randn(50, 128, seed=1)
+    exact, eight = Projection(modules), EightProjection(modules, keep=keep)
+    (y, xa), (y8, xa8) = exact.project(x), eight.project(x)
+    assert torch.equal(xa, xa8) and 0.005 < off(y8, y) < 0.045
+    (dx, grads), (dx8, grads8) = (p.project_backward(dy, x, xa) for p in (exact, eight))
+    assert 0.005 < off(dx8, dx) < 0.05
+    for a, b in zip(grads, grads8): assert_close(a, b)
+    for again in eight.codes(), eight.codes(True).T:  # what the codes say of the weights
+        w = torch.cat([dense(m) for m in modules])
+        assert off(from_fp8(again, eight.scales), w) < 0.03
+
+
+def test_hold_and_release_change_nothing():
+    p = EightProjection(layers(64, 32))
+    x, dy = randn(9, 64), randn(9, 96, seed=1)
+    def run():
+        y, xa = p.project(x)
+        dx, grads = p.project_backward(dy, x, xa)
+        return [y, dx, *grads]
+    before = run()
+    assert p.hold(torch.float32)
+    held = run()
+    p.release()
+    assert not p.held and p.scales is None
+    for a, b, c in zip(before, held, run()): assert torch.equal(a, b) and torch.equal(a, c)
+
+
+def test_layers_that_share_memory_do_not_mix():
+    a, b = (EightProjection(layers(64, 32, quantized=True)) for _ in range(2))
+    for m in b.modules: m.base.load_qtensor(quantize(-2*dense(m.base)))
+    x, dy = randn(9, 64), randn(9, 96, seed=1)
+    for _ in range(2):
+        for p in a, b:
+            w = torch.cat([dense(m.base) for m in p.modules])
+            y, xa = p.project(x)
+            plain = Projection(p.modules)
+            assert off(y, plain.project(x)[0]) < 0.05
+            dx, exact = (kind.project_backward(dy, x, xa)[0] for kind in (p, plain))
+            assert off(dx, exact) < 0.05
+            assert off(from_fp8(p.codes(), p.scales), w) < 0.03
+
+
+def test_the_way_back_in_sixteen_bits_and_sums():
+    modules = layers(64, 32)
+    x, dy, more = randn(9, 64), randn(9, 96, seed=1), randn(9, 64, seed=2)
+    p, exact = EightProjection(modules, back=False), Projection(modules)
+    xa = p.project(x)[1]
+    assert_close(p.project_backward(dy, x, xa)[0], exact.project_backward(dy, x, xa)[0])
+    p = EightProjection(modules)
+    dx, room = p.project_backward(dy, x, xa)[0], more.clone()
+    assert_close(p.project_backward(dy, x, xa, out=room, add=room)[0], dx + more)
+    assert_close(room, dx + more)
+    known = quantize_rows(dy, p.column_factors)
+    assert torch.equal(p.project_backward(dy, x, xa, codes=known)[0], dx)
+    assert p.project_backward(dy, x, xa, need_x=False)[0] is None
+
+
+def test_dropout_and_autograd():
+    modules = layers(64, 32, dropout=0.5)
+    p, exact = EightProjection(modules), Projection(modules)
+    x = randn(200, 64).requires_grad_()
+    for seed in 1, 2:
+        y, y8 = exact(x, seed), p(x, seed)
+        assert off(y8, y) < 0.05
+        a, b = (torch.autograd.grad(t.square().sum(), x)[0] for t in (y, y8))
+        assert off(b, a) < 0.08
+    with pytest.raises(ValueError, match="seed"): p.project(x)
+
+
+def test_what_eight_bits_refuse():
+    assert eight_why_not(layers(64, 32)) is None
+    assert "learn" in eight_why_not([nn.Linear(64, 64)])
+    assert "multiple of 16" in why_not_fp8("cpu", 64, 72, 16)
+    odd = [nn.Linear(24, 64).requires_grad_(False)]
+    with pytest.raises(FtkitError, match="not in eight bits.*24"): EightProjection(odd)
+    with pytest.raises(FtkitError, match="no way to keep"): EightProjection(layers(64), keep="all")
+
+
+# ------------------------------------------------------------ training
+
+def losses(kind, steps, device=DEVICE):
+    "A small residual network whose frozen layers carry LoRA, taught another one's answers."
+    torch.manual_seed(0)
+    blocks = [layers(192, width=64, r=8, bias=False) + layers(64, width=192, r=8, bias=False)
+              for _ in range(3)]
+    for b in blocks:
+        for m in b: nn.init.zeros_(m.B)
+    ups, downs = zip(*[[kind([m]) for m in b] for b in blocks])
+    teacher = torch.randn(64, 64, device=device)/8
+    params = [t for p in ups + downs for t in p.trainable]
+    step = torch.optim.AdamW(params, lr=3e-3)
+    out = []
+    for i in range(steps):
+        x = randn(256, 64, seed=i)
+        h = x
+        for up, down in zip(ups, downs):
+            h = h + down(nn.functional.silu(up(nn.functional.rms_norm(h, (64,)))))
+        loss = (h - x @ teacher).square().mean()
+        step.zero_grad(); loss.backward(); step.step()
+        out.append(loss.item())
+    return torch.tensor(out)
+
+
+def test_training_reaches_the_same_loss():
+    exact, eight = losses(Projection, 60), losses(EightProjection, 60)
+    assert exact[-5:].mean() < 0.7*exact[0]
+    assert abs(eight[-5:].mean()/exact[-5:].mean() - 1) < 0.01
