@@ -6,7 +6,7 @@
 __all__ = ['LATER', 'Rung', 'ladder', 'MemoryPlan', 'plan_memory', 'plan_ahead', 'free_memory', 'cap_memory', 'apply_plan',
            'put_on_host', 'back_on_device', 'again', 'sweep', 'FitMemory', 'most_tokens']
 
-# %% ../nbs/79_planner.ipynb #ea863923
+# %% ../nbs/79_planner.ipynb #239fea9a
 import gc
 from bisect import bisect_left
 from contextlib import ExitStack
@@ -26,7 +26,7 @@ from .training.loop import _recompute as recompute, row_length
 from .training.plan import memory_bytes
 from .training.run import Callback
 
-# %% ../nbs/79_planner.ipynb #0a9d028c
+# %% ../nbs/79_planner.ipynb #3ac6033c
 @dataclass(frozen=True)
 class Rung:
     "One way to trade time for memory."
@@ -60,7 +60,7 @@ def _last_rungs(rung, tokens, host):
                            room=loss_of.ROOM//16))
     return out
 
-# %% ../nbs/79_planner.ipynb #85e9013d
+# %% ../nbs/79_planner.ipynb #f5c897b9
 @dataclass(repr=False, eq=False)
 class MemoryPlan:
     "Where on the ladder a run stands."
@@ -87,7 +87,7 @@ class MemoryPlan:
         "The peak of a rung, with what the allocator can't use."
         return self.peak_at(i).bytes + self.peak_at(i).idle
 
-# %% ../nbs/79_planner.ipynb #1a002e04
+# %% ../nbs/79_planner.ipynb #db06656a
 @patch
 def settle(self:MemoryPlan)->MemoryPlan:
     "Go to the first rung that fits; to the last if none does."
@@ -106,7 +106,7 @@ def lower(self:MemoryPlan)->bool: # False at the end of the ladder
     if below: self.at = below[0]
     return bool(below)
 
-# %% ../nbs/79_planner.ipynb #597954f2
+# %% ../nbs/79_planner.ipynb #c0cae09b
 @patch
 def __repr__(self:MemoryPlan)->str:
     "The plan in a line."
@@ -122,7 +122,7 @@ def __repr__(self:MemoryPlan)->str:
 _WHAT = dict(none="keeps everything", some="computes gate and up again",
              much="keeps what attention gives", most="keeps inputs only")
 
-# %% ../nbs/79_planner.ipynb #e79e4857
+# %% ../nbs/79_planner.ipynb #2dd16ece
 def plan_memory(model:nn.Module, # Sped up
                 tokens:int,      # In a forward pass
                 budget:int=None, # Bytes that torch may take; None: all it likes
@@ -154,7 +154,7 @@ def _may_move(model):
     tied = head is not None and head.weight is table.weight
     return isinstance(table, nn.Embedding) and not table.weight.requires_grad and not tied
 
-# %% ../nbs/79_planner.ipynb #a5971dab
+# %% ../nbs/79_planner.ipynb #1487e334
 def plan_ahead(ledger:Ledger     # From `predict_memory`
               )->MemoryPlan:     # None where the layers aren't trained by hand
     "The plan of a run on a GPU, before anything is loaded."
@@ -166,7 +166,7 @@ def plan_ahead(ledger:Ledger     # From `predict_memory`
                        optimizer=s.optimizer, learned=round(s.learned*s.tokens),
                        accumulate=s.accumulate)
 
-# %% ../nbs/79_planner.ipynb #40f024e9
+# %% ../nbs/79_planner.ipynb #186500e1
 LATER = 250e6 # Bytes of kernels and work space that CUDA loads during the first step, about
 
 def free_memory(device,        # Of the model
@@ -182,15 +182,16 @@ def free_memory(device,        # Of the model
 def cap_memory(limit,        # "8GB", "7.45GiB"
                device="cuda"
               )->int:        # Bytes
-    "Hold the process to some memory of a GPU, its CUDA context included; on a CPU only say how much it is."
+    "Hold the process to some memory of a GPU, its CUDA context included; nothing on a CPU."
     n,device = memory_bytes(limit, "train.gpu_memory"),torch.device(device)
-    if n <= CUDA: raise FtkitError(f"CUDA alone takes about {CUDA/1e9:.1f} GB", where=f"train.gpu_memory={limit}")
+    if n <= CUDA: raise FtkitError(f"CUDA alone takes about {CUDA/1e9:.1f} GB",
+                                   where=f"train.gpu_memory={limit}", fix="Allow more")
     if device.type != "cuda": return n
     total = torch.cuda.get_device_properties(device).total_memory
     torch.cuda.set_per_process_memory_fraction(min(1., (n - CUDA)/total), device)
     return n
 
-# %% ../nbs/79_planner.ipynb #3a41a8bf
+# %% ../nbs/79_planner.ipynb #d9e77695
 def apply_plan(model,          # Sped up
                plan:MemoryPlan # Or None, for the model as it was
               )->None:
@@ -208,7 +209,7 @@ def apply_plan(model,          # Sped up
 
 _ROOM = loss_of.ROOM
 
-# %% ../nbs/79_planner.ipynb #49b95a24
+# %% ../nbs/79_planner.ipynb #3fccfb41
 def put_on_host(model)->None:
     "Move the embedding to the host; the module it was is kept for later."
     old = model.get_input_embeddings()
@@ -225,7 +226,7 @@ def back_on_device(model)->None:
     old.weight.data = now.weight.to(device)
     model.set_input_embeddings(old)
 
-# %% ../nbs/79_planner.ipynb #632242e4
+# %% ../nbs/79_planner.ipynb #47b2ee8e
 def again(trainer,
           take,     # The trainer's `take_step`
           make_room, # Function: is memory won?
@@ -253,7 +254,7 @@ def _out_of_memory(take, ready):
     except torch.OutOfMemoryError as e: return str(e).partition(". ")[0] or "out of memory"
 
 def _not_again(trainer):
-    if trainer.updating: return "some weights have been updated already, so the step can't be undone"
+    if trainer.updating: return "some weights have been updated already: it can't be undone"
     if trainer.world > 1: return "other processes are in the middle of the same step"
 
 def sweep()->None:
@@ -262,7 +263,7 @@ def sweep()->None:
     gc.collect()
     if torch.cuda.is_available(): torch.cuda.empty_cache()
 
-# %% ../nbs/79_planner.ipynb #5b9eef12
+# %% ../nbs/79_planner.ipynb #48b7e592
 class FitMemory(Callback):
     "Plan a run's memory before its first step, and make room where it runs out."
     order,plan,limit,undo = 5,None,None,None # lower than all that may allocate
@@ -271,7 +272,8 @@ class FitMemory(Callback):
         model,cfg = trainer.model,trainer.cfg
         self.undo = ExitStack()
         if cfg.gpu_memory: self.limit = cap_memory(cfg.gpu_memory, trainer.device)
-        trainer.take_step = partial(again, trainer, trainer.take_step, partial(self.make_room, trainer))
+        room = partial(self.make_room, trainer)
+        trainer.take_step = partial(again, trainer, trainer.take_step, room)
         self.undo.callback(trainer.__dict__.pop, "take_step")
         if _fast(model): self._plan(trainer)
         elif cfg.gradient_checkpointing is None and trainer.world > 1: self._twice(model)
@@ -283,8 +285,8 @@ class FitMemory(Callback):
         sweep()
         budget = free_memory(trainer.device, self.limit)
         dtype = dict(bf16=torch.bfloat16, fp16=torch.float16).get(trainer.precision)
-        self.plan = plan_memory(model, most_tokens(trainer), budget, cfg.gradient_checkpointing, dtype,
-                                optimizer=_optimizer(trainer), accumulate=cfg.accumulate)
+        self.plan = plan_memory(model, most_tokens(trainer), budget, cfg.gradient_checkpointing,
+                                dtype, optimizer=_optimizer(trainer), accumulate=cfg.accumulate)
         self.undo.callback(set_saving, model, _fast(model).saving)
         self.undo.callback(apply_plan, model, None)
         self.go(model)
@@ -298,7 +300,7 @@ class FitMemory(Callback):
     def on_stop(self, trainer):
         if self.undo: self.undo.close()
 
-# %% ../nbs/79_planner.ipynb #69f31a0c
+# %% ../nbs/79_planner.ipynb #946aab03
 @patch
 def make_room(self:FitMemory, trainer)->bool:
     "Go down where it is possible."
@@ -327,7 +329,7 @@ def before_step(self:FitMemory, trainer):
         apply_plan(trainer.model, self.plan)
         self.parts = _fast(trainer.model).parts
 
-# %% ../nbs/79_planner.ipynb #cbf884d0
+# %% ../nbs/79_planner.ipynb #c88d55b8
 def _fast(model):
     "What makes a model fast, if its layers are."
     inner = find_decoder(model)
