@@ -138,9 +138,10 @@ def summary(results, table):
         found = {p: {k: x[k] for k in keys} for p, x in found.items() if x}
         failed = {x["peer"]: x["error"] for x in results if x["row"] == name and "error" in x}
         rivals = [x for p, x in found.items() if p != "ftkit"]
-        if not found and not failed: continue
-        out[name] = dict(results=found, failed={p: e for p, e in failed.items() if p not in found},
-                         parity=parity(results, name))
+        held = parity(results, name)
+        if not found and not failed and not held: continue
+        failed = {p: e for p, e in failed.items() if p not in found}
+        out[name] = dict(results=found, failed=failed, parity=held)
         if "ftkit" in found and rivals:
             out[name] |= ratios(found["ftkit"], rivals)
     return out
