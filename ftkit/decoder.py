@@ -64,9 +64,8 @@ class Norm:
         return dx, (dw,) if w.requires_grad else ()
 
 # %% ../nbs/72_decoder.ipynb #95f04b70
-def _eight(projection): return getattr(projection, "takes_codes", False)
-
-def _ranks(projection): return projection.R if projection.enabled and not _eight(projection) else 0
+def _eight(p): return getattr(p, "takes_codes", False)
+def _ranks(p): return p.R if p.enabled and not _eight(p) else 0
 
 def room(projection, rows:int, width:int, like:Tensor)->Tensor:
     "A matrix for `width` numbers a row, with room for the ranks of a projection behind them."
