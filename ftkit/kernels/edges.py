@@ -113,8 +113,7 @@ def unpack(base:nn.Linear, # Plain, or in four bits
     if type(base) is not QLinear: return out.copy_(base.weight.detach()[a:b])
     some = _rows(base.qtensor(), a, b)
     if some is None: return out.copy_(base.qtensor().dequantize(out.dtype)[a:b])
-    if out.is_contiguous(): return some.dequantize(out=out)
-    return out.copy_(some.dequantize(out.dtype))
+    return some.dequantize(out=out)
 
 # %% ../../nbs/67_kernels.edges.ipynb #5bcead31
 @jit
