@@ -14,6 +14,7 @@ from fastcore.basics import patch
 from .attention import Rows, attend_backward, attend_forward
 from .core import FtkitError
 from .kept import Saving
+from .kernels.edges import turned_back
 from .kernels.eight import glu_backward_codes, glu_codes, rms_codes
 from .kernels.glu import glu_backward, glu_forward
 from .kernels.norm import rms_backward, rms_forward
@@ -49,13 +50,13 @@ class Norm:
         "What is normed; one over the length of each row."
         return rms_forward(x, self.module.weight, self.eps, self.plus, out=out)[:2]
 
-    def into(self, projection, x):
-        "What is normed, with room for the ranks of a projection; what that one is told beside."
-        wide = room(projection, *x.shape, x)
-        how = dict(out=wide[:,:x.shape[1]])
-        if not _eight(projection): self.forward(x, **how); return wide, {}
-        found = rms_codes(x, self.module.weight, self.eps, self.plus, **how)
-        return wide, dict(codes=found[3:])
+    def into(self, projection, x, residual=None, factor=1.):
+        "What is normed, with room for a projection's ranks; 1/length; what that one is told beside."
+        wide,how = room(projection, *x.shape, x),{}
+        if residual is not None: how = dict(residual=residual, scale=factor, summed=x)
+        write = rms_codes if _eight(projection) else rms_forward
+        found = write(x, self.module.weight, self.eps, self.plus, out=wide[:,:x.shape[1]], **how)
+        return wide, found[1], dict(codes=found[3:]) if _eight(projection) else {}
 
     def backward(self, dy, x, inverse, add=None, out=None):
         "Gradient of x, with `add` in it; a tuple with that of the weight if it is trained."
@@ -76,18 +77,27 @@ def _seeds(*projections):
     if not any(p.dropping for p in projections): return None, None
     return tuple(torch.randint(2**31, (2,)).tolist())
 
-def _onto(x, y, factor): return torch.add(x, y, alpha=factor, out=y)
+def _onto(x, y, factor, out): return torch.add(x, y, alpha=factor, out=out)
 
-def _before(norm, dy, kept):
-    "The gradient before a norm that stands behind a half, if there is one; of its weight."
-    return norm.backward(dy, kept.y, norm.forward(kept.y)[1]) if norm else (dy, ())
+def _project_onto(p, x, residual, factor, out, seed, more):
+    "Into `out`: residual + factor·(what a projection says); xa."
+    if not _eight(p): return p.project(x, out, seed, residual, factor)[1]
+    y,xa = p.project(x, None, seed, **more)
+    _onto(residual, y, factor, out)
+    return xa
 
-def _widened(dy, projection, factor):
-    "A gradient times a factor, with room for a projection's ranks."
-    if factor == 1 and not _ranks(projection): return dy
-    wide = room(projection, *dy.shape, dy)
-    torch.mul(dy, factor, out=wide[:,:dy.shape[1]])
-    return wide
+def _behind(half, dy, kept, projection, wide):
+    "The gradient of what a projection says, with room for its ranks; of the norm's behind it."
+    width,norm,factor,grads = dy.shape[1],half.after,half.factor,()
+    if norm:
+        wide = room(projection, *dy.shape, dy)
+        dy,grads = norm.backward(dy, kept.y, norm.forward(kept.y)[1], out=wide[:,:width])
+    ranks = _ranks(projection)
+    if factor == 1 and not ranks: return dy, grads
+    if factor != 1 or wide is None or wide.shape[1] < width + ranks:
+        wide = room(projection, *dy.shape, dy)
+        torch.mul(dy, factor, out=wide[:,:width])
+    return wide[:,:width + ranks], grads
 
 # %% ../nbs/72_decoder.ipynb #8bdc24b1
 @dataclass(eq=False)
@@ -136,7 +146,7 @@ class AttentionHalf:
 @patch
 def project(self:AttentionHalf, x, call, kept):
     "q, k and v, rotated, as one matrix."
-    normed,more = self.norm.into(self.qkv, x)
+    normed,_,more = self.norm.into(self.qkv, x)
     kept.qkv,kept.xa_qkv = self.qkv.project(normed, seed=kept.seeds[0], **more)
     if not self.qk: self.rotate(kept.qkv, call)
 
@@ -156,16 +166,21 @@ def forward(self:AttentionHalf,
             x:Tensor,   # [T, D], in the type that is computed in
             call:Call,
             kept        # Takes what the backward pass may use
-           )->Tensor:   # The middle of the layer, [T, D]
+           )->Tensor:   # What is to be added to x, times the factor, [T, D]
     "The first half; what is in `kept` already is not computed again."
-    if not hasattr(kept, "seeds"): kept.seeds = _seeds(self.qkv, self.o)
-    if not hasattr(kept, "qkv"): self.project(x, call, kept)
-    if not hasattr(kept, "attended"):
-        kept.attended = attend_forward(*self.ready(call, kept), call.rows, backend=call.backend,
-                                       **self.how)
+    self.attend(x, call, kept)
     y,kept.xa_o = self.o.project(kept.attended[0].flatten(1), seed=kept.seeds[1])
     if self.after: kept.y,y = y,self.after.forward(y)[0]
-    return _onto(x, y, self.factor)
+    return y
+
+@patch
+def attend(self:AttentionHalf, x, call, kept):
+    "Have q, k, v and attention."
+    if kept.seeds is None: kept.seeds = _seeds(self.qkv, self.o)
+    if kept.qkv is None: self.project(x, call, kept)
+    if kept.attended is None:
+        kept.attended = attend_forward(*self.ready(call, kept), call.rows, backend=call.backend,
+                                       **self.how)
 
 # %% ../nbs/72_decoder.ipynb #5055b712
 @patch
@@ -174,20 +189,19 @@ def attention_gradient(self:AttentionHalf, d_out, call, kept):
     out,saved = kept.attended
     wide = room(self.qkv, *kept.qkv.shape, kept.qkv)
     d_qkv = wide[:,:kept.qkv.shape[1]]
-    dq,dk,dv = self.split(d_qkv)
-    attend_backward(d_out.view_as(out), *self.ready(call, kept), out, saved, call.rows,
-                    backend=call.backend, dq=dq, dk=dk, dv=dv, **self.how)
-    self.rotate(d_qkv, call, back=True)
+    found = attend_backward(d_out.view_as(out), *self.ready(call, kept), out, saved, call.rows,
+                            backend=call.backend, **self.how)
+    turned_back(found, d_qkv, call.cos, call.sin, self.interleaved)
     grads = ()
-    for norm,d,raw in zip(self.qk, (dq, dk), self.split(kept.qkv)):
+    for norm,d,raw in zip(self.qk, self.split(d_qkv), self.split(kept.qkv)):
         grads += norm.backward(d, raw, norm.forward(raw)[1], out=d)[1]
     return wide, grads
 
 @patch
-def backward(self:AttentionHalf, d_middle, x, call, kept, need_x=True)->tuple:
-    "Gradient of x, written over `d_middle` [T, D]; those of `trainable`."
-    dy,of_after = _before(self.after, d_middle, kept)
-    dy,seeds,out = _widened(dy, self.o, self.factor),kept.seeds,kept.attended[0].flatten(1)
+def backward(self:AttentionHalf, d_middle, x, call, kept, need_x=True, wide=None)->tuple:
+    "Gradient of x, written over `d_middle` [T, D], which lies in `wide`; those of `trainable`."
+    dy,of_after = _behind(self, d_middle, kept, self.o, wide)
+    seeds,out = kept.seeds,kept.attended[0].flatten(1)
     d_out,of_o = self.o.project_backward(dy, out, kept.xa_o, seed=seeds[1])
     d_qkv,of_qk = self.attention_gradient(d_out, call, kept)
     xa,kept.qkv,kept.attended = kept.xa_qkv,None,None
@@ -216,16 +230,12 @@ class MlpHalf:
         after = self.after.trainable if self.after else ()
         return self.norm.trainable + after + self.gate_up.trainable + self.down.trainable
 
-    def slices(self, tokens, piece):
-        "The pieces of so many tokens."
-        piece = piece or max(tokens, 1)
-        return [slice(i, min(i + piece, tokens)) for i in range(0, tokens, piece)]
-
-    def project(self, middle, kept):
-        "Gate and up as one matrix, with room behind it for their gradient."
-        normed,more = self.norm.into(self.gate_up, middle)
+    def project(self, middle, kept, residual=None, factor=1.):
+        "Gate and up as one matrix, with room behind it for their gradient; the norm's results."
+        normed,inverse,more = self.norm.into(self.gate_up, middle, residual, factor)
         kept.gate_up = room(self.gate_up, len(middle), self.gate_up.out_features, middle)
         kept.xa_up = self.gate_up.project(normed, self.plain(kept), kept.seeds[0], **more)[1]
+        return normed[:,:middle.shape[1]], inverse
 
     def plain(self, kept):
         "Gate and up without the room behind them."
@@ -234,51 +244,56 @@ class MlpHalf:
 # %% ../nbs/72_decoder.ipynb #80e3c761
 @patch
 def forward(self:MlpHalf,
-            middle:Tensor, # [T, D]
-            kept,          # Takes what the backward pass may use
-            piece:int=0    # Tokens at a time; 0: all
-           )->Tensor:      # The output of the layer, [T, D]
+            y:Tensor,        # What attention adds to x, [T, D]; the middle afterwards
+            x:Tensor,        # The layer's input, [T, D]
+            factor:float,    # Of y
+            kept,            # Takes what the backward pass may use
+            slices:list,     # Pieces of the tokens
+            over:bool=False  # Write the output over the middle
+           )->Tensor:        # The output of the layer, [T, D]
     "The second half."
-    out = torch.empty_like(middle)
-    kept.pieces = [self.forward_piece(middle[s], out[s]) for s in self.slices(len(middle), piece)]
+    out = y if over else torch.empty_like(y)
+    kept.pieces = [self.forward_piece(y[s], x[s], factor, out[s]) for s in slices]
     return out
 
 @patch
-def forward_piece(self:MlpHalf, middle, out):
+def forward_piece(self:MlpHalf, middle, x, factor, out):
     "Fill `out`; what is kept of it."
     kept,width = SimpleNamespace(seeds=_seeds(self.gate_up, self.down)),self.down.in_features
-    self.project(middle, kept)
+    self.project(middle, kept, x, factor)
     h,more = room(self.down, len(middle), width, middle),{}
     how = self.plain(kept),self.act,h[:,:width]
     if _eight(self.down): more = dict(codes=glu_codes(*how)[1:])
     else: glu_forward(*how)
-    y,kept.xa_down = self.down.project(h, None if self.after else out, kept.seeds[1], **more)
-    if self.after: kept.y,_ = y,self.after.forward(y, out)
-    _onto(middle, out, self.factor)
+    if self.after:
+        kept.y,kept.xa_down = self.down.project(h, None, kept.seeds[1], **more)
+        _onto(middle, self.after.forward(kept.y)[0], self.factor, out)
+    else: kept.xa_down = _project_onto(self.down, h, middle, self.factor, out, kept.seeds[1], more)
     return kept
 
 # %% ../nbs/72_decoder.ipynb #9885d8ef
 @patch
-def backward(self:MlpHalf, dy, middle, kept, out, piece=0)->tuple:
+def backward(self:MlpHalf, dy, middle, kept, out, slices, wide=None, again=())->tuple:
     "Gradient of the middle, written into `out`; those of `trainable`."
     total = None
-    for s,k in zip(self.slices(len(middle), piece), kept.pieces):
-        grads = self.backward_piece(dy[s], middle[s], k, out[s])
+    for s,k in zip(slices, kept.pieces):
+        grads = self.backward_piece(dy[s], middle[s], k, out[s], wide if wide is None else wide[s],
+                                    again and (again[0][s], again[1]))
         total = grads if total is None else tuple(a if b is None else b if a is None else a.add_(b)
                                                   for a,b in zip(total, grads))
     return out, total or (None,)*len(self.trainable)
 
 @patch
-def backward_piece(self:MlpHalf, dy, middle, kept, out):
-    "Fill `out`; the gradients of `trainable`."
-    if not hasattr(kept, "gate_up"): self.project(middle, kept)
-    d_y,of_after = _before(self.after, dy, kept)
-    of_down,more = self.down_gradient(_widened(d_y, self.down, self.factor), kept)
-    wide,kept.gate_up = kept.gate_up,None
-    normed,inverse = self.norm.forward(middle)
-    d_normed,of_up = self.gate_up.project_backward(wide, normed, kept.xa_up, seed=kept.seeds[0],
+def backward_piece(self:MlpHalf, dy, middle, kept, out, wide, again):
+    "Fill `out`; the gradients of `trainable`. With `again`, the middle is yet to be made as before."
+    found = self.project(middle, kept, *again) if kept.gate_up is None else None
+    d_y,of_after = _behind(self, dy, kept, self.down, wide)
+    of_down,more = self.down_gradient(d_y, kept)
+    d_up,kept.gate_up,d_y = kept.gate_up,None,None
+    normed,inverse = found or self.norm.forward(middle)
+    d_normed,of_up = self.gate_up.project_backward(d_up, normed, kept.xa_up, seed=kept.seeds[0],
                                                    **more)
-    del wide, normed, more
+    del d_up, normed, found, more
     _,of_norm = self.norm.backward(d_normed, middle, inverse, add=dy, out=out)
     return of_norm + of_after + of_up + of_down
 
@@ -314,11 +329,6 @@ class Layer:
         return (self.attention.qkv, self.attention.o,
                 *((self.mlp.gate_up, self.mlp.down) if self.mlp else ()))
 
-    @property
-    def piece(self)->int:
-        "Tokens of the MLP at a time."
-        return 0 if "gate_up" in self.saving.keeps else self.saving.piece
-
 # %% ../nbs/72_decoder.ipynb #09916aba
 @patch
 def __call__(self:Layer,
@@ -327,7 +337,7 @@ def __call__(self:Layer,
             )->Tensor:  # The same shape, in the type that is computed in
     "The output of the layer, or the middle of it without an `mlp`."
     if torch.is_grad_enabled(): return _Layer.apply(x, self, call, *self.trainable)
-    with _no_autocast(x): y,_,_ = self.forward(_flat(x, call), call)
+    with _no_autocast(x): y = self.forward(_flat(x, call), call)[0]
     return y.view(x.shape)
 
 def _flat(x, call):
@@ -335,56 +345,77 @@ def _flat(x, call):
     x = x.detach().reshape(-1, x.shape[-1]).to(call.dtype)
     return x if x.stride(1) == 1 else x.contiguous()
 
+def _empty(x):
+    "Nothing is kept but the input yet."
+    first = SimpleNamespace(seeds=None, qkv=None, attended=None, xa_qkv=None, xa_o=None, y=None)
+    return SimpleNamespace(x=x, middle=None, first=first, second=SimpleNamespace(), away=None)
+
 @patch
-def forward(self:Layer, x, call):
-    "The output, the middle, and what may be kept."
-    kept = SimpleNamespace(x=x, first=SimpleNamespace(), second=SimpleNamespace())
-    middle = y = self.attention.forward(x, call, kept.first)
-    if self.mlp: y = self.mlp.forward(middle, kept.second, self.piece)
-    return y, middle, kept
+def forward(self:Layer, x, call, grad=False):
+    "The output, and what is kept."
+    kept,keeps = _empty(x),self.saving.keeps if grad else ()
+    kept.saving,kept.slices,first = self.saving,self.saving.slices(len(x)),kept.first
+    y = self.attention.forward(x, call, first)
+    if "qkv" not in keeps: first.qkv = None
+    if "attended" not in keeps: first.attended = None
+    if "middle" not in keeps: first.y = None
+    if not self.mlp: return _onto(x, y, self.attention.factor, y), kept
+    if "middle" in keeps: kept.middle = y
+    out = self.mlp.forward(y, x, self.attention.factor, kept.second, kept.slices,
+                           "middle" not in keeps)
+    if "gate_up" not in keeps:
+        for piece in kept.second.pieces: piece.gate_up = piece.xa_up = None
+    return out, kept
 
 # %% ../nbs/72_decoder.ipynb #4a990991
 @patch
-def keep(self:Layer, kept, middle, call):
-    "Throw away what the level doesn't keep."
-    keeps = self.saving.keeps
-    for name in ("qkv", "attended"):
-        if name not in keeps: delattr(kept.first, name)
-    if self.attention.after and "middle" not in keeps: del kept.first.y
-    if self.mlp and "gate_up" not in keeps:
-        for piece in kept.second.pieces: del piece.gate_up, piece.xa_up
-    if self.mlp and "middle" in keeps: kept.middle = middle
-    if self.saving.host and call.away: kept.x = call.away.put(kept.x)
-    kept.saving = self.saving,self.piece
+def send(self:Layer, kept, call):
+    "Let the large tensors that are kept wait on the host."
+    if not (self.saving.host and call.away): return kept
+    first = kept.first
+    out,saved = first.attended or (None, None)
+    kept.away = call.away.put(kept.x, first.qkv, out, kept.middle)
+    kept.x = first.qkv = kept.middle = None
+    if out is not None: first.attended = None,saved
     return kept
 
+def _bring(kept):
+    if kept.away is None: return
+    first = kept.first
+    kept.x,first.qkv,out,kept.middle = kept.away.fetch()
+    if out is not None: first.attended = out,first.attended[1]
+    kept.away = None
+
 @patch
-def backward(self:Layer, dy, kept, call, need_x=True)->tuple:
-    "Gradient of the input; of `trainable`. What is missing is computed again."
-    x = kept.x if isinstance(kept.x, Tensor) else kept.x.fetch()
-    first,of_mlp,(_,piece) = kept.first,(),kept.saving
-    d_middle = torch.empty_like(x)
+def backward(self:Layer, dy, kept, call, need_x=True, wide=None)->tuple:
+    "Gradient of the input and the matrix it lies in; of `trainable`. What is missing is made again."
+    _bring(kept)
+    half,x,first,of_mlp = self.attention,kept.x,kept.first,()
+    ranks = max(_ranks(p) for p in (half.o, *([self.mlp.down] if self.mlp else [])))
+    ours = x.new_empty(len(x), x.shape[1] + ranks)
+    d_middle = ours[:,:x.shape[1]]
     if self.mlp:
-        middle = getattr(kept, "middle", None)
-        if middle is None: middle = self.attention.forward(x, call, first)
-        _,of_mlp = self.mlp.backward(dy, middle, kept.second, d_middle, piece)
-        kept.middle = middle = None
+        again = () if kept.middle is not None else (x, half.factor)
+        if again: kept.middle = half.forward(x, call, first)
+        _,of_mlp = self.mlp.backward(dy, kept.middle, kept.second, d_middle, kept.slices, wide,
+                                     again)
+        kept.middle = None
     else: d_middle.copy_(dy)
-    if not (need_x or self.attention.trainable): return None, of_mlp
-    after = self.attention.after and not hasattr(first, "y")
-    if after or not hasattr(first, "attended"): self.attention.forward(x, call, first)
-    elif not hasattr(first, "qkv"): self.attention.project(x, call, first)
-    dx,of_attention = self.attention.backward(d_middle, x, call, first, need_x)
-    return dx, of_attention + of_mlp
+    if not (need_x or half.trainable): return None, None, of_mlp
+    if half.after and first.y is None: half.forward(x, call, first)
+    else: half.attend(x, call, first)
+    dx,of_attention = half.backward(d_middle, x, call, first, need_x, ours)
+    return dx, ours, of_attention + of_mlp
 
 # %% ../nbs/72_decoder.ipynb #ad5d49e2
 class _Layer(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, layer, call, *trainable):
-        with _no_autocast(x): y,middle,kept = layer.forward(_flat(x, call), call)
-        if any(ctx.needs_input_grad):
+        grad = any(ctx.needs_input_grad)
+        with _no_autocast(x): y,kept = layer.forward(_flat(x, call), call, grad)
+        if grad:
             ctx.layer,ctx.call,ctx.dtype = layer,call,x.dtype
-            ctx.kept = layer.keep(kept, middle, call)
+            ctx.kept = layer.send(kept, call)
         return y.view(x.shape)
 
     @staticmethod
@@ -394,6 +425,18 @@ class _Layer(torch.autograd.Function):
         if kept is None:
             raise FtkitError("the backward pass of this layer has run already, and used up what "
                              "it had kept", fix="Compute the loss again before another backward()")
+        flat,wide = _flat(dy, call),_found(dy)
         with _no_autocast(dy):
-            dx,grads = ctx.layer.backward(_flat(dy, call), kept, call, ctx.needs_input_grad[0])
-        return None if dx is None else dx.view(dy.shape).to(ctx.dtype), None, None, *grads
+            dx,ours,grads = ctx.layer.backward(flat, kept, call, ctx.needs_input_grad[0], wide)
+        if dx is not None: dx = _marked(dx.view(dy.shape).to(ctx.dtype), ours)
+        return dx, None, None, *grads
+
+# %% ../nbs/72_decoder.ipynb #d72b0443
+def _marked(dx, ours):
+    if dx.data_ptr() == ours.data_ptr(): dx._ftkit_wide = ours
+    return dx
+
+def _found(dy):
+    wide = getattr(dy, "_ftkit_wide", None)
+    if wide is None or dy.data_ptr() != wide.data_ptr() or dy.dtype != wide.dtype: return None
+    return wide if dy.stride()[-2:] == wide.stride() and dy.numel() == len(wide)*dy.shape[-1] else None

@@ -400,7 +400,7 @@ def test_backward_can_run_once():
 def test_host_memory_is_used_again():
     away = Away("cpu")
     tickets = [away.put(torch.full((3,), float(i))) for i in range(4)]
-    assert [t.fetch()[0].item() for t in reversed(tickets)] == [3, 2, 1, 0]
+    assert [t.fetch()[0][0].item() for t in reversed(tickets)] == [3, 2, 1, 0]
     kept = away.put(torch.ones(3))
     assert sum(map(len, away.free.values())) == 3
     del tickets, kept

@@ -154,7 +154,9 @@ def _scratched(self:Projection, dtype, device, fresh):
     there = there and (self.quantized or not fresh) # others may be trained
     if not there:
         for p in self.parts: unpack(p.base, 0, p.base.out_features, M[p.rows,:self.K])
-    return _Views(M, self.N, self.K), fresh or not there
+    V = self.scratch.views.get(key)
+    if V is None: V = self.scratch.views[key] = _Views(M, self.N, self.K)
+    return V, fresh or not there
 
 @patch
 def _check_held(self:Projection, dtype):
@@ -200,7 +202,9 @@ def _pieces(self:Projection, dtype, device):
 def project(self:Projection,
             x:Tensor,         # Inputs, [T, K]; or [T, K + R], with K numbers in each row
             out:Tensor=None,  # Where the outputs go, [T, N]; rows may be apart
-            seed:int=None     # Of the dropout's masks, where there is dropout
+            seed:int=None,    # Of the dropout's masks, where there is dropout
+            add:Tensor=None,  # What the outputs are added to, [T, N]; may be `out`
+            alpha:float=1.    # Their factor then
            )->tuple:          # Outputs, [T, N]; xa, [T, R], or None
     "What the layers answer, side by side, and what their `A`s do."
     wide,x = self._split(x, self.K)
@@ -209,11 +213,14 @@ def project(self:Projection,
     xa = self._inner(x, V.A, seed) if self.enabled else None
     joined = wide is not None and xa is not None and V.M is not None
     if joined: wide[:,self.K:].copy_(xa)
+    start,alpha = (bias, 1.) if add is None else (add, alpha)
+    if add is not None and bias is not None: start = torch.add(add, bias, alpha=alpha, out=out)
     left,pieces = (wide, [(None, V.across)]) if joined else (x, V.pieces())
     for rows,w in pieces:
-        y,b = (out, bias) if rows is None else (out[:,rows], None if bias is None else bias[rows])
-        torch.mm(left, w.T, out=y) if b is None else torch.addmm(b, left, w.T, out=y)
-    if xa is not None and not joined: out.addmm_(xa, V.sB.T)
+        y,b = (out, start) if rows is None else (t if t is None else t[...,rows]
+                                                 for t in (out, start))
+        torch.mm(left, w.T, out=y) if b is None else torch.addmm(b, left, w.T, alpha=alpha, out=y)
+    if xa is not None and not joined: out.addmm_(xa, V.sB.T, alpha=alpha)
     return out,xa
 
 # %% ../../nbs/68_kernels.lora.ipynb #4de0e1aa
