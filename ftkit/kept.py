@@ -8,6 +8,7 @@ __all__ = ['LEVELS', 'Saving', 'savings', 'Watch', 'Away', 'Ticket', 'rows_of', 
 # %% ../nbs/07_kept.ipynb #ea19315b
 import weakref
 from dataclasses import dataclass
+from operator import is_
 import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
@@ -55,21 +56,23 @@ class Watch:
     def __init__(self, modules):
         modules = list(modules)
         each = [m for top in modules for m in top.modules()]
-        self.entries = [(d, k, v) for m in each for d in (m._modules, m._parameters)
-                        for k,v in d.items()]
-        self.entries += [(m._buffers, "merged_weight", m._buffers["merged_weight"])
-                         for m in each if "merged_weight" in m._buffers]
-        self.flags = [(p, p.requires_grad, p.data_ptr()) for m in each
-                      for p in m._parameters.values() if p is not None]
+        self.places = [(d, k) for m in each for d in (m._modules, m._parameters) for k in d]
+        self.places += [(m._buffers, "merged_weight") for m in each if "merged_weight" in m._buffers]
+        self.entries = [d[k] for d,k in self.places]
+        self.params = [p for m in each for p in m._parameters.values() if p is not None]
+        self.facts = self._facts()
         self.hooks = [h for m in each if isinstance(m, nn.Linear) or not m._modules
                       for h in (m._forward_hooks, m._forward_pre_hooks)]
         self.hooked = any(self.hooks)
         self.loras = [m for m in each if "start_A" in m._buffers]
 
+    def _facts(self):
+        return [p.requires_grad for p in self.params], [p.data_ptr() for p in self.params]
+
     def same(self)->bool:
         "Whether all is as it was."
-        return (all(d.get(k) is v for d,k,v in self.entries) and any(self.hooks) == self.hooked
-                and all(p.requires_grad is f and p.data_ptr() == at for p,f,at in self.flags))
+        return (all(map(is_, [d.get(k) for d,k in self.places], self.entries))
+                and any(self.hooks) == self.hooked and self._facts() == self.facts)
 
     def odd(self)->str:
         "What speaks against the fast way for now: LoRA layers that are switched off in part."
