@@ -1,5 +1,6 @@
 "Decoder layers by hand: the same losses and gradients as the model itself, whatever it keeps."
 import copy
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest, torch, transformers
@@ -12,6 +13,7 @@ from ftkit.data.encode import Encoded
 from ftkit.data.packing import collate, make_row
 from ftkit.fast import (find_decoder, is_fast, rows_of_call, set_saving, slow_down, speed_up,
                         why_not)
+from ftkit.kernels.launch import interpreted
 from ftkit.kept import Away, Saving, keep_on_host
 from ftkit.lora.inject import LoraConfig, add_lora, lora_disabled, unload_lora
 from ftkit.models.load import load_model
@@ -375,6 +377,21 @@ def test_bfloat16(dtype, layers_run):
     for level in ("none", "most"):
         set_saving(model, level)
         assert far(run()) < max(1.5*ordinary, .01)
+
+
+@pytest.mark.parametrize("family", ["Llama", "Qwen3"])
+def test_with_kernels(family, layers_run):
+    "On a GPU, or by Triton's interpreter: strided buffers suit every kernel."
+    dev = "cuda" if torch.cuda.is_available() else "cpu"
+    sizes = dict(hidden_size=32, intermediate_size=48, num_attention_heads=2, num_key_value_heads=1)
+    model, ids = with_lora(tiny(family, **sizes)).to(dev).train(), IDS[:, :5].to(dev)
+    expected = step(model, ids)
+    speed_up(model, hold=True)
+    for plan in (["none", Saving("most", host=True, piece=3)] if dev == "cuda" else ["much"]):
+        set_saving(model, plan)
+        with nullcontext() if dev == "cuda" else interpreted(): found = step(model, ids)
+        near(found, expected, 1e-3 if dev == "cuda" else 3e-5)
+    assert layers_run
 
 
 @pytest.mark.parametrize("hold", [False, True])
