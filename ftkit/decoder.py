@@ -117,10 +117,10 @@ def forward(self:AttentionHalf,
 
 @patch
 def attend(self:AttentionHalf, x, call, kept):
-    "Have q, k, v and attention."
+    "Have attention, and if that is missing, q, k and v."
     if kept.seeds is None: kept.seeds = _seeds(self.qkv, self.o)
-    if kept.qkv is None: self.project(x, call, kept)
     if kept.attended is None:
+        if kept.qkv is None: self.project(x, call, kept)
         kept.attended = attend_forward(*self.ready(call, kept), call.rows, backend=call.backend,
                                        **self.how)
 
@@ -227,7 +227,7 @@ def backward(self:MlpHalf, dy, middle, kept, out, slices, wide=None, again=())->
 
 @patch
 def backward_piece(self:MlpHalf, dy, middle, kept, out, wide, again):
-    "Fill `out`; the gradients of `trainable`. With `again`, the middle is yet to be made as before."
+    "Fill `out`; the gradients of `trainable`. With `again`, the middle is a sum to be made yet."
     found = self.project(middle, kept, *again) if kept.gate_up is None else None
     d_y,of_after = _behind(self, dy, kept, self.down, wide)
     of_down,more = self.down_gradient(d_y, kept)
@@ -330,7 +330,7 @@ def _bring(kept):
 
 @patch
 def backward(self:Layer, dy, kept, call, need_x=True, wide=None)->tuple:
-    "Gradient of the input and the matrix it lies in; of `trainable`. What is missing is made again."
+    "Gradient of the input, and where it lies; of `trainable`. What is missing is computed again."
     _bring(kept)
     half,x,first,of_mlp = self.attention,kept.x,kept.first,()
     ranks = max(_ranks(p) for p in (half.o, *([self.mlp.down] if self.mlp else [])))
@@ -346,6 +346,7 @@ def backward(self:Layer, dy, kept, call, need_x=True, wide=None)->tuple:
     if not (need_x or half.trainable): return None, None, of_mlp
     if half.after and first.y is None: half.forward(x, call, first)
     else: half.attend(x, call, first)
+    if first.qkv is None: half.project(x, call, first)
     dx,of_attention = half.backward(d_middle, x, call, first, need_x, ours)
     return dx, ours, of_attention + of_mlp
 

@@ -38,7 +38,7 @@ class Norm:
         return rms_forward(x, self.module.weight, self.eps, self.plus, out=out)[:2]
 
     def into(self, projection, x, residual=None, factor=1.):
-        "What is normed, with room for a projection's ranks; 1/length; what that one is told beside."
+        "What is normed, with room for a projection's ranks; 1/length; what else that one is told."
         wide,how = room(projection, *x.shape, x),{}
         if residual is not None: how = dict(residual=residual, scale=factor, summed=x)
         write = rms_codes if _eight(projection) else rms_forward
@@ -83,4 +83,5 @@ def _marked(dx, ours):
 def _found(dy):
     wide = getattr(dy, "_ftkit_wide", None)
     if wide is None or dy.data_ptr() != wide.data_ptr() or dy.dtype != wide.dtype: return None
-    return wide if dy.stride()[-2:] == wide.stride() and dy.numel() == len(wide)*dy.shape[-1] else None
+    whole = dy.numel() == len(wide)*dy.shape[-1]
+    return wide if whole and dy.stride()[-2:] == wide.stride() else None
