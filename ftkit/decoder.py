@@ -195,7 +195,10 @@ def forward(self:MlpHalf,
            )->Tensor:        # The output of the layer, [T, D]
     "The second half."
     out = y if over else torch.empty_like(y)
-    kept.pieces = [self.forward_piece(y[s], x[s], factor, out[s]) for s in slices]
+    kept.pieces = []
+    for s in slices:
+        kept.pieces.append(k := self.forward_piece(y[s], x[s], factor, out[s]))
+        if len(slices) > 1: k.gate_up = k.xa_up = None # computed again in any case
     return out
 
 @patch
