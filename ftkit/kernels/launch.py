@@ -46,7 +46,10 @@ def use_kernels(t:Tensor # Decides by its device
 # %% ../../nbs/06_kernels.launch.ipynb #6be212c4
 def on(t:Tensor):
     "A context in which kernels run on the tensor's own GPU."
-    return torch.cuda.device(t.device) if t.is_cuda else nullcontext()
+    if not t.is_cuda or t.device.index == torch.cuda.current_device(): return _HERE
+    return torch.cuda.device(t.device)
+
+_HERE = nullcontext() # entering the device that is current already would take microseconds
 
 # %% ../../nbs/06_kernels.launch.ipynb #9271d8b4
 def capability(t # Tensor or device
