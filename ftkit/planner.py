@@ -6,7 +6,7 @@
 __all__ = ['LATER', 'Rung', 'ladder', 'MemoryPlan', 'plan_memory', 'plan_ahead', 'free_memory', 'cap_memory', 'apply_plan',
            'put_on_host', 'back_on_device', 'again', 'sweep', 'FitMemory', 'most_tokens']
 
-# %% ../nbs/79_planner.ipynb #a26f54c2
+# %% ../nbs/79_planner.ipynb #56ed5601
 import gc
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
@@ -16,7 +16,7 @@ from torch import nn
 from fastcore.basics import patch
 from .core import DTYPES, FtkitError, rng_state, say, set_rng_state
 from .fast import find_decoder, set_saving, speed_up, why_not
-from .kept import HostEmbedding, Saving, keep_on_host
+from .kept import PIECE, HostEmbedding, Saving, keep_on_host
 from .kernels import loss as loss_of
 from .kernels.edges import SCRATCH
 from .memory import CUDA, Ledger, prepared
@@ -25,7 +25,7 @@ from .training.loop import _recompute as recompute, row_length
 from .training.plan import memory_bytes
 from .training.run import Callback
 
-# %% ../nbs/79_planner.ipynb #cec52803
+# %% ../nbs/79_planner.ipynb #f90a213e
 @dataclass(frozen=True)
 class Rung:
     "One way to trade time for memory."
@@ -54,13 +54,13 @@ def _last_rungs(rung, tokens, host):
     level = "much" if host else "most" # what attention gives waits on the host as well
     if host: out.append(replace(out[-1], saving=(Saving(level, True),)*layers))
     for part,cut in ((2, 0), (4, 4096), (8, 1024)):
-        piece = min(tokens, Saving().piece)//part//128*128
+        piece = min(tokens, PIECE)//part//128*128
         if not piece: continue
         out.append(replace(out[-1], saving=(Saving(level, host, piece),)*layers, cut=cut,
                            room=loss_of.ROOM//16))
     return out
 
-# %% ../nbs/79_planner.ipynb #029ffbf8
+# %% ../nbs/79_planner.ipynb #07ae79ae
 @dataclass(repr=False, eq=False)
 class MemoryPlan:
     "Where on the ladder a run stands."
@@ -87,7 +87,7 @@ class MemoryPlan:
         "The peak of a rung, with what the allocator can't use."
         return self.peak_at(i).bytes + self.peak_at(i).idle
 
-# %% ../nbs/79_planner.ipynb #3c9d68ad
+# %% ../nbs/79_planner.ipynb #ad54b8b2
 @patch
 def settle(self:MemoryPlan)->MemoryPlan:
     "Go to the first rung that fits; to the smallest if none does."
@@ -104,7 +104,7 @@ def lower(self:MemoryPlan)->bool: # False at the end of the ladder
     if below: self.at = below[0]
     return bool(below)
 
-# %% ../nbs/79_planner.ipynb #903f8bad
+# %% ../nbs/79_planner.ipynb #eb566811
 @patch
 def __repr__(self:MemoryPlan)->str:
     "The plan in a line."
@@ -112,7 +112,7 @@ def __repr__(self:MemoryPlan)->str:
     counts = {s: r.saving.count(s) for s in dict.fromkeys(reversed(r.saving))}
     text = "; ".join(f"{_WHAT[s.level]} in {n if n < layers else 'all'} layer{'s'*(n > 1)}"
                      + " (on the host)"*s.host
-                     + f" (MLPs of {s.piece} tokens)"*(s.piece != Saving().piece)
+                     + f" (MLPs of {s.piece} tokens)"*bool(s.piece)
                      for s,n in counts.items())
     more = ["embedding on the host"]*r.host + [f"matrices unpacked by {r.cut} rows"]*bool(r.cut)
     of = "" if self.budget is None else f" of {gb(self.budget + CUDA)}"
@@ -121,7 +121,7 @@ def __repr__(self:MemoryPlan)->str:
 _WHAT = dict(none="keeps everything", some="computes gate and up again",
              much="keeps what attention gives", most="keeps inputs only")
 
-# %% ../nbs/79_planner.ipynb #e2ca58ee
+# %% ../nbs/79_planner.ipynb #059a1a3c
 def plan_memory(model:nn.Module, # Sped up
                 tokens:int,      # In a forward pass
                 budget:int=None, # Bytes that torch may take; None: all it likes
@@ -153,7 +153,7 @@ def _may_move(model):
     tied = head is not None and head.weight is table.weight
     return isinstance(table, nn.Embedding) and not table.weight.requires_grad and not tied
 
-# %% ../nbs/79_planner.ipynb #69f5364f
+# %% ../nbs/79_planner.ipynb #e09bb6e0
 def plan_ahead(ledger:Ledger     # From `predict_memory`
               )->MemoryPlan:     # None where the layers aren't trained by hand
     "The plan of a run on a GPU, before anything is loaded."
@@ -165,7 +165,7 @@ def plan_ahead(ledger:Ledger     # From `predict_memory`
                        optimizer=s.optimizer, learned=round(s.learned*s.tokens),
                        accumulate=s.accumulate)
 
-# %% ../nbs/79_planner.ipynb #5293c7d0
+# %% ../nbs/79_planner.ipynb #e827bca1
 LATER = 250e6 # Bytes of kernels and work space that CUDA loads during the first step, about
 
 def free_memory(device,        # Of the model
@@ -190,7 +190,7 @@ def cap_memory(limit,        # "8GB", "7.45GiB"
     torch.cuda.set_per_process_memory_fraction(min(1., (n - CUDA)/total), device)
     return n
 
-# %% ../nbs/79_planner.ipynb #71ff2e82
+# %% ../nbs/79_planner.ipynb #ff149c02
 def apply_plan(model,          # Sped up
                plan:MemoryPlan # Or None, for the model as it was
               )->None:
@@ -208,7 +208,7 @@ def apply_plan(model,          # Sped up
 
 _ROOM = loss_of.ROOM
 
-# %% ../nbs/79_planner.ipynb #a89bccc9
+# %% ../nbs/79_planner.ipynb #f7a8aa98
 def put_on_host(model)->None:
     "Move the embedding to the host; the module it was is kept for later."
     old = model.get_input_embeddings()
@@ -225,7 +225,7 @@ def back_on_device(model)->None:
     old.weight.data = now.weight.to(device)
     model.set_input_embeddings(old)
 
-# %% ../nbs/79_planner.ipynb #99a69698
+# %% ../nbs/79_planner.ipynb #3310ce39
 def again(trainer,
           take,     # The trainer's `take_step`
           make_room, # Function: is memory won?
@@ -262,7 +262,7 @@ def sweep()->None:
     gc.collect()
     if torch.cuda.is_available(): torch.cuda.empty_cache()
 
-# %% ../nbs/79_planner.ipynb #47e9a80a
+# %% ../nbs/79_planner.ipynb #0b52064c
 class FitMemory(Callback):
     "Plan a run's memory before its first step, and make room where it runs out."
     order,plan,limit,undo = 5,None,None,None # lower than all that may allocate
@@ -299,7 +299,7 @@ class FitMemory(Callback):
     def on_stop(self, trainer):
         if self.undo: self.undo.close()
 
-# %% ../nbs/79_planner.ipynb #115bab79
+# %% ../nbs/79_planner.ipynb #ab443f1f
 @patch
 def make_room(self:FitMemory, trainer)->bool:
     "Go down where it is possible."
@@ -328,7 +328,7 @@ def before_step(self:FitMemory, trainer):
         apply_plan(trainer.model, self.plan)
         self.parts = _fast(trainer.model).parts
 
-# %% ../nbs/79_planner.ipynb #7c345eb1
+# %% ../nbs/79_planner.ipynb #34b330d8
 def _fast(model):
     "What makes a model fast, if its layers are."
     inner = find_decoder(model)
