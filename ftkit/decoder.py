@@ -14,6 +14,7 @@ from fastcore.basics import patch
 from .attention import Rows, attend_backward, attend_forward
 from .core import FtkitError
 from .kept import Saving
+from .kernels.edges import SEEDS
 from .kernels.eight import glu_backward_codes, glu_codes, rms_codes
 from .kernels.glu import glu_backward, glu_forward
 from .kernels.norm import rms_backward, rms_forward
@@ -75,7 +76,7 @@ def room(projection, rows:int, width:int, like:Tensor)->Tensor:
 def _seeds(*projections):
     "A number for each of two projections, or None where nothing is dropped."
     if not any(p.dropping for p in projections): return None, None
-    return tuple(torch.randint(2**31, (2,)).tolist())
+    return SEEDS.draw(2)
 
 def _onto(x, y, factor): return torch.add(x, y, alpha=factor, out=y)
 
