@@ -191,5 +191,5 @@ def bench(what,             # Name, file or `Recipe`
     model = _model_to_train(r, tokenizer)
     rows,collate = _bench_rows(r, tokens, clock, tokenizer, model)
     trainer = Trainer(model, getattr(ft, OBJECTIVES[r.objective])(), rows, r.train, r.optim,
-                      collate, callbacks=[clock])
+                      collate, callbacks=[clock, ft.StepGraphs()])
     return timed(trainer, clock, r.name)

@@ -129,7 +129,7 @@ def why_not_recorded(trainer,
     if insist: return None
     if not fast: return "its layers are not computed by hand"
     if any(p.mlp is None for p in fast.parts): return "it has layers with parts of their own"
-    if type(trainer.objective).steady is Objective.steady: return "its objective has no steady shape"
+    if type(trainer.objective).steady is Objective.steady: return "its objective varies in shape"
 
 # %% ../nbs/80_graph.ipynb #36c3b783
 PAYS = 0.6 # Part of a batch's time that Python takes, above which it holds up the GPU
@@ -164,7 +164,7 @@ class StepGraphs(Callback):
     order = 6 # when the memory has been planned
     WARM = 2  # Batches of a shape that are computed before one is recorded
     def __init__(self,
-                 most:int=8,    # Shapes that are remembered
+                 most:int=16,   # Shapes that are remembered
                  recorder=Graph # Or `Again`
                 ):
         self.most,self.recorder,self.used = most,recorder,0
@@ -215,7 +215,7 @@ def defer(self:StepGraphs, on:bool):
     kinds = {t.dtype for part in fast.parts for p in part.projections for t in p.factors}
     if on: self.before,fast.defer = fast.defer,fast.defer or len(kinds) == 1
     else: fast.defer = self.before
-    if fast.edges is None or fast.edges.defer == fast.defer: return
+    if fast.edges is None: return # they come with the first forward pass
     fast.edges.close()
     fast.edges = Edges([p for part in fast.parts for p in part.projections], fast.defer)
 
@@ -313,7 +313,7 @@ def record(self:StepGraphs, entry, batch):
     SCRATCH.owner.clear()
     try: entry.recording = self.recorder(partial(self.static, entry), here, self.pool)
     except (RuntimeError, FtkitError) as e:
-        why = str(e).partition("\n")[0]
+        why = str(e.__context__ or e).partition("\n")[0] # the last error only says that it failed
         return self.stop(f"one could not be recorded ({why})")
     finally: SCRATCH.owner.clear()
     self.pool,entry.memory = entry.recording.pool,[*SCRATCH.memory.values()]

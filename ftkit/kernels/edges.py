@@ -232,9 +232,10 @@ class Edges:
                  defer:bool=False # Move gradients too at the end of a backward pass, see `gather`
                 ):
         self.projections = [p for p in projections if p.views is not None and p.R]
-        self.defer,self.ran,self.there,self.back = defer,set(),None,None
+        self.defer = defer and any(p.learns for p in self.projections)
+        self.ran,self.there,self.back = set(),None,None
         for p in self.projections: p.shared = self
-        if defer: self._make_slots()
+        if self.defer: self._make_slots()
 
     def close(self)->None:
         "Let each projection move its own again."
