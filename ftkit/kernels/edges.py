@@ -232,7 +232,7 @@ class Edges:
                  defer:bool=False # Move gradients too at the end of a backward pass, see `gather`
                 ):
         self.projections = [p for p in projections if p.views is not None and p.R]
-        self.defer = defer and any(p.learns for p in self.projections)
+        self.defer = defer and any(t[1] in "AB" for p in self.projections for t in p.trained)
         self.ran,self.there,self.back = set(),None,None
         for p in self.projections: p.shared = self
         if self.defer: self._make_slots()
