@@ -7,7 +7,7 @@ __all__ = ['HOOKS', 'PAYS', 'room_for', 'borders_with_room', 'shape_key', 'Graph
            'Entry', 'StepGraphs']
 
 # %% ../nbs/80_graph.ipynb #bde23fa1
-import math, time
+import gc, math, time
 from collections import OrderedDict
 from contextlib import suppress
 from dataclasses import dataclass
@@ -37,13 +37,12 @@ def _longer(t, n, value): return torch.cat([t, t.new_full((n - len(t),), value)]
 def borders_with_room(cu:Tensor,   # Borders of samples, [samples + 1]
                       longest:int, # Tokens of the longest
                       shape:tuple, # Rows, tokens of each
-                      most:dict    # Shape → the most there has been; brought up to date
+                      most:dict    # Shape → the most borders there have been; brought up to date
                      )->tuple:     # Borders, those to come at the end; a bound of the longest
     "Borders with room for further samples, which are empty."
-    n,bound = 1 << (len(cu) - 1).bit_length(), 1 << (longest - 1).bit_length()
-    n0,bound0 = most.get(shape, (16, 1))
-    most[shape] = n,bound = max(n, n0),max(min(bound, shape[1]), bound0)
-    return _longer(cu, n, int(cu[-1])),bound
+    n,bound = (1 << (k - 1).bit_length() for k in (len(cu), longest))
+    most[shape] = n = max(n, most.get(shape, 16))
+    return _longer(cu, n, int(cu[-1])),min(max(bound, shape[1]//8), shape[1])
 
 # %% ../nbs/80_graph.ipynb #2971b0a3
 @patch
@@ -88,8 +87,9 @@ class Graph:
                 self.out = run()
         except Exception:
             random.graphsafe_set_state(before)
-            with suppress(RuntimeError): # it may be closed already
+            with suppress(RuntimeError): # the first of these fails if both are done already
                 torch._C._cuda_endAllocateToPool(index, self.pool)
+                torch._C._cuda_releasePool(index, self.pool)
             raise
 
     def replay(self):
@@ -168,10 +168,11 @@ class StepGraphs(Callback):
                  recorder=Graph # Or `Again`
                 ):
         self.most,self.recorder,self.used = most,recorder,0
+        self.why = "no run has begun"
 
     def before_fit(self, trainer):
         wanted,self.trainer = trainer.cfg.cuda_graph,trainer
-        self.insist,self.saved,self.lost,self.off = bool(wanted),{},0,False
+        self.insist,self.lost,self.off = bool(wanted),0,False
         self.why = "train.cuda_graph is off" if wanted is False else self._why_not()
         if self.why and wanted: raise _cannot(self.why)
         if self.why: return
@@ -310,6 +311,7 @@ def record(self:StepGraphs, entry, batch):
     entry.batch = {k: v.to(here, copy=True) if isinstance(v, Tensor) else v
                    for k,v in batch.items()}
     if entry.draws: entry.seeds = Mirror((entry.draws, SEEDS.MASKS), torch.int32, here)
+    gc.collect() # a graph of autograd that lives on would tie gradients to another stream
     SCRATCH.owner.clear()
     try: entry.recording = self.recorder(partial(self.static, entry), here, self.pool)
     except (RuntimeError, FtkitError) as e:

@@ -105,8 +105,9 @@ def test_shapes_settle():
     assert first[0].dtype == torch.int32 and len(first[0]) == 16 and first[1] == 24
     many = torch.arange(25, dtype=torch.int32)
     assert len(borders_with_room(many, 1, (1, 24), most)[0]) == 32
-    assert len(borders_with_room(cu, 2, (1, 24), most)[0]) == 32  # bounds only grow
-    assert most[1, 24] == (32, 24)
+    assert len(borders_with_room(cu, 2, (1, 24), most)[0]) == 32  # their number only grows
+    assert most[1, 24] == 32 and borders_with_room(cu, 2, (1, 24), most)[1] == 3
+    assert borders_with_room(cu, 9, (1, 24), most)[1] == 16
     for n in (1, 2, 7, 8, 9, 100):
         for k in range(1, n + 1): assert k <= room_for(k, n) <= n + 7
     keys = [shape_key(dict(a=torch.zeros(2), n=n)) for n in (1, 1, 2)]
