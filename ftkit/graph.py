@@ -116,6 +116,7 @@ def _fast_of(model):
     fast = inner.__dict__.get("_fast") if inner is not None else None
     return fast if fast is not None and fast.parts else None
 
+# %% ../nbs/80_graph.ipynb #de5dbad3
 def why_not_recorded(trainer,
                      insist:bool=False # Try things that may work
                     )->str:            # A reason, or None
@@ -159,6 +160,7 @@ class Entry:
     trusted:bool=False # The recording has given what computing gave
     memory:list=None   # What the recording reads and must not be freed
 
+# %% ../nbs/80_graph.ipynb #17e0ed36
 class StepGraphs(Callback):
     "Replays the forward and backward pass of batches whose shape has been seen before."
     order = 6 # when the memory has been planned
@@ -291,6 +293,7 @@ def compute(self:StepGraphs, entry, batch, factor)->tuple:
         self.grads = [(p, p.grad) for p in self.trainer.parameters if p.grad is not None]
     return out
 
+# %% ../nbs/80_graph.ipynb #c71b696d
 @patch
 def worth(self:StepGraphs, entry)->bool:
     "Whether a recording pays, and there is memory for it."

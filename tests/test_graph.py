@@ -44,7 +44,7 @@ def rows_of(lengths, weights=False, seed=0):
     return rows
 
 
-PACKED = rows_of([[9, 15], [14, 10], [4, 7, 13], [11, 13], [20, 4], [8, 8, 8], [3, 21], [12, 12]])
+PACKED = rows_of([[9, 15], [14, 10], [4, 7, 13], [11, 13], [16, 8], [10, 14], [13, 11], [12, 12]])
 DENSE = rows_of([[24]]*8)
 
 
@@ -186,9 +186,9 @@ def test_what_changes_between_steps_is_noticed():
     class Change(Callback):
         "Other layers keep less from a step on; a generation unpacks other weights in between."
         def after_step(self, t):
-            if t.step == 9: set_saving(t.model, [Saving("most"), Saving("none")])
-            if t.step == 14: SCRATCH.forget()
-            if t.step == 18: find_decoder(t.model).__dict__["_fast"].build()
+            if t.step == 12: set_saving(t.model, [Saving("most"), Saving("none")])
+            if t.step == 16: SCRATCH.forget()
+            if t.step == 20: find_decoder(t.model).__dict__["_fast"].build()
     for how in (dict(hold=True), dict(bits=4)):
         graphs = StepGraphs(recorder=Again)
         ours = train(graphs, callbacks=[Change()], dropout=0.1, **how)
