@@ -20,7 +20,7 @@ from .experts import activation_name, slow_down_experts, speed_up_experts
 from .decoder import AttentionHalf, Call, Layer, MlpHalf, Norm
 from .kept import Away, Saving, Watch, savings
 from .kernels.eight import EightProjection
-from .kernels.edges import Edges
+from .kernels.edges import SCRATCH, Edges
 from .kernels.lora import Projection
 from .kernels.norm import rms_norm
 from .latent import latent_attention, why_not_latent
@@ -96,6 +96,7 @@ def _layer(block, family, kind, saving):
                      _activation(mlp), f2, a2)
     return Layer(first, second, saving)
 
+# %% ../nbs/73_fast.ipynb #2736dbf3
 @dataclass(eq=False)
 class ByModule:
     "A layer whose attention is from a latent: by modules, with autograd."
@@ -122,6 +123,8 @@ def _mlp_unknown(mlp, family):
     return kept != {*family.gate_up, "down_proj"} or _activation(mlp) is None
 
 # %% ../nbs/73_fast.ipynb #2170dce3
+COMPUTE = dict(auto=Projection, fp8=EightProjection) # Others are types to compute in
+
 def why_not(model:nn.Module, # A transformers model
             compute="auto"   # As in `speed_up`
            )->str:           # A reason, or None if there is none
@@ -143,29 +146,20 @@ def _why_not_block(block, family, kind):
         if isinstance(m, nn.Dropout) and m.p and not name.endswith(".dropout"):
             return f"{name} drops values at random"
     if getattr(block.self_attn, "attention_dropout", 0): return "its attention has dropout"
-    norms = _modules(block, family.norms + family.after) + _modules(block.self_attn, family.qk)
-    return (_why_not_attention(block.self_attn, family, kind) or _why_not_norms(norms)
-            or _why_not_mlp(block.mlp, family, kind))
+    for norm in _modules(block, family.norms + family.after) + _modules(block.self_attn, family.qk):
+        if not type(norm).__name__.endswith("RMSNorm"): return f"a norm is a {type(norm).__name__}"
+        if (reason := _touched(norm)): return reason
+    return _why_not_linears(block.self_attn, block.mlp, family, kind)
 
 # %% ../nbs/73_fast.ipynb #6c63b371
-def _why_not_attention(a, family, kind):
+def _why_not_linears(a, mlp, family, kind):
     if family.latent: return why_not_latent(a)
     if {*a._modules} != {*family.qkv, *family.qk, "o_proj"}:
         return f"its attention consists of {', '.join(sorted(a._modules))}"
-    return _why_not_linears(kind, _modules(a, family.qkv), [a.o_proj])
-
-def _why_not_mlp(mlp, family, kind):
-    if family.latent or _mlp_unknown(mlp, family): return None # the ordinary module does it
-    return _why_not_linears(kind, _modules(mlp, family.gate_up), [mlp.down_proj])
-
-def _why_not_linears(kind, *groups):
+    groups = [_modules(a, family.qkv), [a.o_proj]]
+    if not _mlp_unknown(mlp, family): groups += [_modules(mlp, family.gate_up), [mlp.down_proj]]
     found = [_touched(m) for group in groups for m in group] + [kind.why_not(g) for g in groups]
     return next(filter(None, found), None)
-
-def _why_not_norms(norms):
-    for norm in norms:
-        if not type(norm).__name__.endswith("RMSNorm"): return f"a norm is a {type(norm).__name__}"
-        if (reason := _touched(norm)): return reason
 
 def _touched(module):
     "Whether calling a module, or one inside of it, would do more than its class says."
@@ -211,16 +205,13 @@ def rows_of_call(shape:tuple,          # Rows and tokens of each
                  **_):
     "What belongs together, as `Rows`; None if it is anything else than samples in a row."
     n,seq = shape
-    if attention_mask is not None:
-        return _masked(attention_mask, n, seq) if attention_mask.ndim == 2 else None
+    if attention_mask is not None: return _masked(attention_mask, n, seq)
     if cu_seq_lens_q is not None:
         return Rows(cu_seqlens=cu_seq_lens_q, longest=int(max_length_q), total=n*seq)
     if position_ids is not None and seq > 1: return _positioned(position_ids, n, seq)
     return Rows(n, seq)
 
 # %% ../nbs/73_fast.ipynb #4d0ff0a2
-COMPUTE = dict(auto=Projection, fp8=EightProjection) # Others are types to compute in
-
 class Fast:
     "The state of a model whose layers are computed by hand."
     def __init__(self, inner, saving, compute, hold, defer):
@@ -388,7 +379,7 @@ def speed_up(model:nn.Module, # A transformers model; its layers are trained by 
 def slow_down(model:nn.Module)->None:
     "Train the model the ordinary way again."
     if (inner := find_decoder(model)) is None or "_fast" not in inner.__dict__: return
-    inner.__dict__["_fast"].let_go()
+    inner.__dict__["_fast"].let_go(); SCRATCH.forget()
     slow_down_experts(inner)
     for m in (inner, inner.norm, *inner.layers):
         if m.__dict__.pop("_fast", None) is not None: m.__dict__.pop("forward", None)

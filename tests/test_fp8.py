@@ -218,6 +218,7 @@ print("compiled")
 """
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="they are compiled for the GPU itself")
 def test_kernels_compile_without_a_gpu(tmp_path):
     import subprocess, sys
     from pathlib import Path
@@ -277,10 +278,11 @@ def test_hold_and_release_change_nothing():
     for a, b, c in zip(before, held, run()): assert torch.equal(a, b) and torch.equal(a, c)
 
 
-def test_layers_that_share_memory_do_not_mix():
-    a, b = (EightProjection(layers(64, 32, quantized=True)) for _ in range(2))
+@pytest.mark.parametrize("outs", ((64, 32), (64,)))  # the second is square
+def test_layers_that_share_memory_do_not_mix(outs):
+    a, b = (EightProjection(layers(*outs, quantized=True)) for _ in range(2))
     for m in b.modules: m.base.load_qtensor(quantize(-2*dense(m.base)))
-    x, dy = randn(9, 64), randn(9, 96, seed=1)
+    x, dy = randn(9, 64), randn(9, sum(outs), seed=1)
     for _ in range(2):
         for p in a, b:
             w = torch.cat([dense(m.base) for m in p.modules])
@@ -329,6 +331,32 @@ def test_what_eight_bits_refuse():
 
 
 # ------------------------------------------------------------ training
+
+@pytest.mark.parametrize("hold", (False, True))
+@pytest.mark.parametrize("quantized", (False, True))
+def test_a_model_computed_by_hand(quantized, hold):
+    from transformers import LlamaConfig, LlamaForCausalLM
+    from ftkit import fast
+    from ftkit.lora.inject import LoraConfig, add_lora
+    from ftkit.quant.linear import quantize_model
+    ids, found = torch.randint(0, 128, (2, 40), device=DEVICE), []
+    for compute in "auto", "fp8":
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(LlamaConfig(
+            vocab_size=128, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
+            num_attention_heads=4, num_key_value_heads=2)).to(DEVICE)
+        if quantized: quantize_model(model)
+        add_lora(model, LoraConfig(r=4, alpha=8))
+        for name, p in model.named_parameters():
+            if name.endswith(".B"): nn.init.normal_(p, std=0.02)
+        fast.speed_up(model.train(), compute=compute, hold=hold)
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        grads = [p.grad.flatten() for p in model.parameters() if p.requires_grad]
+        found.append((loss, torch.cat(grads)))
+    (loss, grads), (loss8, grads8) = found
+    assert loss8.item() == pytest.approx(loss.item(), rel=2e-3) and off(grads8, grads) < 0.08
+
 
 def losses(kind, steps, device=DEVICE):
     "A small residual network whose frozen layers carry LoRA, taught another one's answers."

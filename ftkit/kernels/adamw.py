@@ -215,6 +215,7 @@ def _launch(self:FlatAdamW, params, max_norm, scale, total):
                                          control, self._lines, n, self.seed, W=TYPES[w], BITS=bits,
                                          CHUNK=part.chunk, ROWS=8, num_warps=8,
                                          ALIGNED=even and part.aligned)
+    torch.autograd.graph.increment_version(part.params) # what is kept of them has to be made anew
     return control[0]
 
 # %% ../../nbs/59_kernels.adamw.ipynb #2de8bd1c
@@ -291,6 +292,7 @@ def parts_norm(self:FlatAdamW)->Tensor: # 0-d
 @torch.no_grad()
 def load_state_dict(self:FlatAdamW, state_dict:dict):
     "Copy a state in; one of `torch.optim.AdamW` will do with 32 bits."
+    self.settle()
     groups = state_dict["param_groups"]
     if [len(g["params"]) for g in groups] != [len(g["params"]) for g in self.param_groups]:
         raise FtkitError("the state is that of other parameters: its groups have other sizes",

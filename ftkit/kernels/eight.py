@@ -245,7 +245,7 @@ def codes(self:EightProjection,
     self.prepare()
     if turned in self.held: return self.held[turned]
     shape,device = (self.K, self.N) if turned else (self.N, self.K),self.scales.device
-    key = ("eight", self.layout, *shape, device)
+    key = ("eight", turned, self.layout, self.K, device)
     out = self.scratch.take(key, *shape, E4M3, device)
     if not self.scratch.took(key, self, self.state): self._fill(out, turned)
     return out
