@@ -282,6 +282,7 @@ def take(self:StepGraphs, batch:dict, factor)->tuple:
     if entry.trusted: return self.replay(entry, batch, factor)
     return self.compare(entry, batch, factor) if begins else self.eager(batch, factor)
 
+# %% ../nbs/80_graph.ipynb #eee47e2e
 @patch
 def compute(self:StepGraphs, entry, batch, factor)->tuple:
     "As always; gradients are kept in mind, seeds are counted, and the last warm-up is timed."
