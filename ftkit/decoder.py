@@ -14,7 +14,7 @@ from fastcore.basics import patch
 from .attention import Rows, attend_backward, attend_forward
 from .core import FtkitError
 from .kept import Saving
-from .kernels.edges import turned_back
+from .kernels.edges import SEEDS, turned_back
 from .kernels.eight import glu_backward_codes, glu_codes
 from .kernels.glu import glu_backward, glu_forward
 from .kernels.rope import rotate_
@@ -37,7 +37,7 @@ class Call:
 def _seeds(*projections):
     "A number for each of two projections, or None where nothing is dropped."
     if not any(p.dropping for p in projections): return None, None
-    return tuple(torch.randint(2**31, (2,)).tolist())
+    return SEEDS.draw(2)
 
 # %% ../nbs/72_decoder.ipynb #8bdc24b1
 @dataclass(eq=False)
