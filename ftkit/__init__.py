@@ -45,6 +45,8 @@ _ROOMS = {  # module → the names of its that stand on the public face
     "activations": "MemorySetting",
     "memory": "Ledger predict_memory recipe_setting",
     "sft": "SupervisedTuning PreTraining",
+    "kept": "Saving",
+    "fast": "speed_up slow_down is_fast why_not",
     "graph": "StepGraphs",
     "flops": "step_flops",
     "profiling": "where_time_goes",

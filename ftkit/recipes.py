@@ -247,8 +247,13 @@ def _limit_memory(r):
 
 def _choose_path(r, model):
     "Train the layers by hand where that is faster."
-    from ftkit.fast import speed_up
-    if r.train.fast and model.device.type == "cuda": speed_up(model)
+    from ftkit.fast import speed_up, why_not
+    eight = r.train.compute == "fp8"
+    if eight and (why := why_not(model, "fp8")):
+        raise ft.FtkitError(f"this model can't be trained so: {why}", where="train.compute=fp8",
+                            fix="Leave it at auto")
+    if eight or r.train.fast and model.device.type == "cuda":
+        speed_up(model, compute=r.train.compute)
 
 # %% ../nbs/86_recipes.ipynb #a5f8479a
 def _work_dir(r, what, work_dir, resume):

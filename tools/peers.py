@@ -211,13 +211,6 @@ def as_rows(a, steps):
         yield [make_row([encoded[i] for i in row]) for row in chosen]
 
 
-def given(cls, **values):
-    "An object of a config class, with those of the values that this version knows."
-    from dataclasses import fields
-    known = {f.name for f in fields(cls)}
-    return cls(**{k: v for k, v in values.items() if k in known})
-
-
 def run_ftkit(a):
     begin = time.perf_counter()
     import torch
@@ -239,19 +232,20 @@ def run_ftkit(a):
     batch = max(map(len, steps))
     for step in steps: # a row of one token that is not learned fills up
         while len(step) < batch: step.append(blank())
-    again = {"0": False, "1": True, "auto": None if decides(TrainConfig) else False}[a.gc]
-    cfg = given(TrainConfig, max_steps=len(steps), batch_size=batch, precision="bf16",
-                log_every=1 if a.parity else len(steps), gradient_checkpointing=again,
-                gpu_memory=f"{a.cap}GiB" if a.cap else None,
-                compute="fp8" if a.mode == "fp8" else "auto")
-    if a.mode == "fp8" and getattr(cfg, "compute", None) != "fp8": sys.exit("no FP8 here")
+    again = {"0": False, "1": True, "auto": None}[a.gc]
+    if cuda and not ft.speed_up(model, compute="fp8" if a.mode == "fp8" else "auto"):
+        sys.exit("no fast path for this model")
+    cfg = TrainConfig(max_steps=len(steps), batch_size=batch, precision="bf16",
+                      log_every=1 if a.parity else len(steps), gradient_checkpointing=again,
+                      gpu_memory=f"{a.cap}GiB" if a.cap else None,
+                      compute="fp8" if a.mode == "fp8" else "auto")
     optim = ft.OptimConfig(lr=1e-4, schedule="constant", warmup_steps=0,
                            max_grad_norm=1e9 if a.parity else 0,
                            optimizer="adamw" if a.opt == "adamw" else "paged_adamw_8bit")
     rows = in_order(steps, Plan(batch*len(steps), batch, seed=cfg.seed))
     clock = Clock(0 if a.parity else a.warmup, a.parity or a.steps)
     collate = partial(ft.collate, pad_id=0, mask=None)
-    trainer = Trainer(model, ft.SupervisedTuning(), rows, cfg, optim, collate, callbacks=[clock])
+    trainer = Trainer(model, ft.SupervisedTuning(), rows, cfg, optim, collate, callbacks=[ft.FitMemory(), ft.StepGraphs(), clock])
     resident, loaded = torch.cuda.memory_allocated() if cuda else 0, time.perf_counter() - begin
     run = trainer.fit()
     real = [sum(len(ids) for ids, _ in step) for step in samples(a, vocabulary(a))]
@@ -260,12 +254,6 @@ def run_ftkit(a):
     report(a, [math.nan]*first + seconds, real, [r["loss"] for r in every],
            [r["grad_norm"] for r in every] if a.parity else [], clock.peak or 0, resident, loaded,
            [p for p in model.parameters() if p.requires_grad])
-
-
-def decides(cls):
-    "Whether this version can decide by itself what to recompute."
-    from dataclasses import fields
-    return any(f.name == "gradient_checkpointing" and f.default is None for f in fields(cls))
 
 
 def blank():

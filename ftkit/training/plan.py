@@ -17,6 +17,7 @@ from ..core import FtkitError, pick_dtype, say, unknown_name
 
 # %% ../../nbs/60_training.plan.ipynb #ea96abae
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+COMPUTE = ("auto", "fp8")
 
 # %% ../../nbs/60_training.plan.ipynb #73655886
 @dataclass
@@ -28,6 +29,7 @@ class TrainConfig:
     accumulate:int = 1        # Forward passes whose gradients are summed into one step
     precision:str = "auto"    # "fp32", "bf16", "fp16", or "auto": the best that the device has
     fast:bool = True          # Use the fast path of the layers where a model's family has one
+    compute:str = "auto"      # "fp8": products with frozen weights in 8 bits (sm 8.9 or newer)
     gradient_checkpointing:bool|None = None # Compute activations twice instead of keeping them
     gpu_memory:str|None = None # Memory of a GPU that the run may take, e.g. "8GB"; None is all
     cuda_graph:bool|None = None # Replay recorded steps; None: where it pays
@@ -45,6 +47,10 @@ class TrainConfig:
         "Itself, or an error that names the option that makes no sense."
         if self.precision not in PRECISIONS:
             raise unknown_name("precision", self.precision, PRECISIONS)
+        if self.compute not in COMPUTE: raise unknown_name("compute", self.compute, COMPUTE)
+        if self.compute == "fp8" and not self.fast:
+            raise FtkitError("only the fast path computes in 8 bits", where="train.compute=fp8",
+                             fix="Leave train.fast on")
         for name in ("batch_size", "accumulate", "keep", "log_every"): self._whole(name)
         for name in ("max_steps", "save_every", "eval_every"): self._whole(name, optional=True)
         if not self.epochs > 0:
