@@ -47,6 +47,8 @@ _ROOMS = {  # module → the names of its that stand on the public face
     "sft": "SupervisedTuning PreTraining",
     "flops": "step_flops",
     "profiling": "where_time_goes",
+    "peaks": "Peak",
+    "planner": "FitMemory MemoryPlan cap_memory plan_ahead plan_memory",
     "evaluate": "Scores metric compare",
     "convert": "merge pth_to_hf",
     "zoo.models": "BaseModel",

@@ -18,7 +18,8 @@ from .data.packing import Row
 from .data.tokens import IGNORE
 from .flops import promised, reached, step_flops, utilization
 from .profiling import TimeProfile, Watch
-from .recipes import (OBJECTIVES, _check_method, _checked, _collate, _model_to_train,
+from .recipes import (OBJECTIVES, _check_method, _checked, _choose_path, _collate,
+                           _limit_memory, _model_to_train,
                            load_recipe)
 from .training.loop import Trainer
 from .training.run import Callback
@@ -188,8 +189,10 @@ def bench(what,             # Name, file or `Recipe`
     _check_method(r)
     tokenizer = ft.load_tokenizer(r.model.path)
     ft.seed_everything(r.train.seed)
+    _limit_memory(r)
     model = _model_to_train(r, tokenizer)
+    _choose_path(r, model)
     rows,collate = _bench_rows(r, tokens, clock, tokenizer, model)
     trainer = Trainer(model, getattr(ft, OBJECTIVES[r.objective])(), rows, r.train, r.optim,
-                      collate, callbacks=[clock])
+                      collate, callbacks=[ft.FitMemory(), clock])
     return timed(trainer, clock, r.name)

@@ -124,6 +124,7 @@ def _train(args):
     options = _changes(args)
     if args.precision: options["train.precision"] = args.precision
     if args.gradient_checkpointing: options["train.gradient_checkpointing"] = True
+    if args.gpu_memory: options["train.gpu_memory"] = args.gpu_memory
     if args.skip_bad_rows: options["data.skip_bad_rows"] = True
     from ftkit.core import say
     run = ft.train(args.recipe, args.work_dir, args.resume, args.seed, **options)
@@ -173,7 +174,8 @@ VERBS = {
         option("--seed", "instead of the recipe's", type=int),
         option("--fp16", "use float16", dest="precision", action="store_const", const="fp16"),
         option("--bf16", "use bfloat16", dest="precision", action="store_const", const="bf16"),
-        option("--gradient-checkpointing", "less memory, more time", action="store_true"),
+        option("--gradient-checkpointing", "least memory, more time", action="store_true"),
+        option("--gpu-memory", "take no more of the GPU than this, e.g. 8GB", metavar="SIZE"),
         option("--skip-bad-rows", "leave out rows that cannot be read", action="store_true"),
         option("--deepspeed", "(not in this release)", metavar="CONFIG"),
         option("--sequence-parallel", "(not in this release)", metavar="N")], _train),
@@ -188,7 +190,9 @@ def _memory(args):
     ledger = ft.predict_memory(r.model.path, ft.recipe_setting(r), r.name, args.gpu,
                                learned=args.learned)
     _print(ledger)
-    return not ledger.fits
+    if not (plan := ft.plan_ahead(ledger)): return not ledger.fits
+    print(f"On the fast path: {plan!r}{'' if plan.fits else ', which does not fit'}")
+    return not plan.fits
 
 VERBS["memory"] = Verb("Say what a training run will take of a GPU's memory.",
                        "memory llama2_7b_qlora_alpaca_e3 --gpu 8GB", [

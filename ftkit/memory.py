@@ -355,4 +355,4 @@ def recipe_setting(recipe)->MemorySetting: # From a `Recipe`
     return MemorySetting(lora=lora, bits=model.bits, weights=weights,
         precision=precision, optimizer=recipe.optim.optimizer, batch_size=train.batch_size,
         length=data.max_length, accumulate=train.accumulate, attn=model.attn,
-        checkpointing=bool(train.gradient_checkpointing), mask=bool(data.packing))
+        checkpointing=train.gradient_checkpointing is not False, mask=bool(data.packing))

@@ -239,6 +239,17 @@ def _model_to_train(r, tokenizer):
     whole = [m for m in model.modules() if type(m) is nn.Linear and m is not head or is_experts(m)]
     return quantize_model(model, 4, compute_dtype=model.dtype) if whole else model
 
+# %% ../nbs/86_recipes.ipynb #14c5c325
+def _limit_memory(r):
+    "Hold the process to `train.gpu_memory`."
+    device = ft.pick_device(r.model.device)
+    if r.train.gpu_memory: ft.cap_memory(r.train.gpu_memory, device)
+
+def _choose_path(r, model):
+    "Train the layers by hand where that is faster."
+    from ftkit.fast import speed_up
+    if r.train.fast and model.device.type == "cuda": speed_up(model)
+
 # %% ../nbs/86_recipes.ipynb #a5f8479a
 def _work_dir(r, what, work_dir, resume):
     "The folder of a run."
@@ -263,7 +274,7 @@ def _callbacks(r, data, work_dir):
     "Progress and trackers, sample chats, the metric, and the recipe itself in the run's folder."
     from ftkit.core import is_main, write_file
     from ftkit.training.callbacks import default_callbacks
-    out = default_callbacks(r.train)
+    out = [ft.FitMemory(), *default_callbacks(r.train)]
     how = dict(tokenizer=data.tokenizer, template=data.template, max_new_tokens=r.answer_tokens)
     if r.prompts: out.append(ft.SampleChats(list(r.prompts), system=data.system, **how))
     if r.metric: out.append(ft.AnswerMetric(data.eval.samples, ft.metric(r.metric), **how))
@@ -301,7 +312,9 @@ def train(what,            # Name, file or `Recipe`
     if r.lora: ft.token_ids(tokenizer, r.lora.tokens) # before any text is encoded
     data = ft.load_data(r.data, tokenizer)
     ft.seed_everything(r.train.seed)
+    _limit_memory(r)
     model = _model_to_train(r, tokenizer)
+    _choose_path(r, model)
     _introduce(r, data, model, work_dir)
     trainer = ft.Trainer(model, getattr(ft, OBJECTIVES[r.objective])(), data.rows, r.train, r.optim,
         collate=_collate(r, tokenizer, model.device), eval_rows=data.eval and data.eval.rows,

@@ -91,7 +91,7 @@ def _plan(self:Trainer):
     self.history,self.pending,self.sent,self.step = [],[],[],0
     self.learned = self.skipped = self.skips_in_a_row = 0
     self.evaluated = self.saved = self._print = None
-    self.should_stop = False # a callback may set it
+    self.should_stop = self.updating = False # a callback may set the first
 
 @patch
 def _inside(self:Trainer):
@@ -172,7 +172,7 @@ def over_ranks(self:Trainer, x:Tensor)->Tensor:
 @patch
 def take_step(self:Trainer, ready:StepBatches):
     "Forward and backward over all batches, then one update of the optimizer."
-    self.lr,sums = self.schedule(self.step),0.
+    self.lr,sums,self.updating = self.schedule(self.step),0.,bool(self.inside)
     count = self.over_ranks(torch.tensor(float(ready.count)))
     for i,(batch,weight) in enumerate(ready.batches):
         last = i == len(ready.batches) - 1 # only then do processes exchange gradients
@@ -181,11 +181,11 @@ def take_step(self:Trainer, ready:StepBatches):
             # gradients are averaged over the processes; the factor `world` makes that a sum
             self.accelerator.backward(self.scaler.scale(loss*(weight*self.world/count)))
         sums = sums + weight*torch.stack([loss, *metrics.values()]).detach()
-    self.names = list(metrics)
+    self.names,self.updating = list(metrics),True # from here on a step can't be undone
     if self.inside: norm = self.inside.finish()
     else: norm = clip_and_step(self.optimizer, self.scaler, self.optim.max_grad_norm)
     self.optimizer.zero_grad()
-    self.step += 1
+    self.step,self.updating = self.step + 1,False
     self.pending.append((torch.cat([sums, norm.reshape(1)]), ready.count, ready.tokens))
 
 # %% ../../nbs/64_training.loop.ipynb #5ff90733

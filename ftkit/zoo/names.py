@@ -20,8 +20,7 @@ def _options(m):
     return {"about": f"{m.path} ({m.billions:g} B, {m.kind}, {m.dtype})", "model.path": m.path,
             "data.template": m.template, **({"data.system": ""} if m.template in NO_SYSTEM else {}),
             "data.max_length": 2048, "train.batch_size": 1, "train.accumulate": 16,
-            "train.precision": "auto", "train.gradient_checkpointing": True,
-            "train.save_every": 500, "train.log_every": 10}
+            "train.precision": "auto", "train.save_every": 500, "train.log_every": 10}
 
 _NANO = {"model.path": "nano", "train.batch_size": 1, "data.max_length": 512, "data.system": ""}
 

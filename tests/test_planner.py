@@ -1,0 +1,275 @@
+"The peak of a step, predicted and counted; plans, and steps that are done again."
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import ftkit.decoder as decoder
+import ftkit.fast as fast
+import ftkit.kernels.lora as lora_kernels
+import ftkit.kernels.loss as loss_kernels
+from ftkit.core import FtkitError
+from ftkit.data.packing import collate
+from ftkit.fast import find_decoder, set_saving, speed_up
+from ftkit.kept import Away, Saving
+from ftkit.kernels.edges import SCRATCH
+from ftkit.lora.inject import LoraConfig, add_lora
+from ftkit.peaks import Peak, Tally, step_shape
+from ftkit.planner import FitMemory, apply_plan, cap_memory, ladder, most_tokens, plan_memory
+from ftkit.quant.linear import quantize_model
+from ftkit.sft import SupervisedTuning
+from ftkit.training.loop import Trainer
+from ftkit.training.optim import OptimConfig
+from ftkit.training.plan import TrainConfig
+from small_runs import tiny_model, tiny_rows, untimed
+
+
+def small(dtype=torch.float32, **more):
+    torch.manual_seed(0)
+    sizes = dict(vocab_size=320, hidden_size=128, intermediate_size=384, num_hidden_layers=4,
+                 num_attention_heads=4, num_key_value_heads=2, use_cache=False)
+    return LlamaForCausalLM(LlamaConfig(**sizes | more)).to(dtype)
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch):
+    "Kernels that take no memory but their outputs; what they compute is of no account here."
+    def rms_forward(x, weight, eps, plus=0., residual=None, out=None, summed=None):
+        return torch.zeros_like(x) if out is None else out.zero_(), x.new_zeros(len(x), dtype=torch.float32), x
+
+    def rms_backward(dy, x, weight, inverse, plus=0., add=None, out=None, need_weight=False):
+        dw = torch.zeros_like(weight) if need_weight else None
+        return (torch.zeros_like(x) if out is None else out), dw
+
+    def attend_forward(q, k, v, rows, **kw):
+        return torch.zeros(q.shape, dtype=q.dtype), (q.new_zeros(q.shape[1], len(q), dtype=torch.float32),)
+
+    def attend_backward(dout, q, k, v, out, saved, rows, dq=None, dk=None, dv=None, **kw):
+        delta = torch.zeros_like(saved[0])
+        grads = [torch.zeros(t.shape, dtype=t.dtype) for t in (q, k, v)]
+        return tuple(d.copy_(g) for d, g in zip((dq, dk, dv), grads))
+
+    class Norm(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, w, eps, plus):
+            ctx.save_for_backward(x, w, x.new_zeros(x.shape[:-1]))
+            return torch.zeros_like(x)
+
+        @staticmethod
+        def backward(ctx, dy): return torch.zeros_like(dy), None, None, None
+
+    for name, f in dict(rms_forward=rms_forward, rms_backward=rms_backward, attend_forward=attend_forward,
+                        attend_backward=attend_backward, rotate_=lambda *a, **k: None,
+                        glu_forward=lambda *a, **k: None, glu_backward=lambda *a, **k: None).items():
+        monkeypatch.setattr(decoder, name, f)
+    monkeypatch.setattr(fast, "rms_norm", lambda x, w, eps, plus=0.: Norm.apply(x, w, eps, plus))
+    monkeypatch.setattr(lora_kernels, "unpack", lambda base, a, b, out: out)
+    monkeypatch.setattr(loss_kernels, "score_", lambda logits, *a, **k: logits)
+    SCRATCH.forget()
+    yield
+    SCRATCH.forget()
+
+
+def counted_peak(model, tokens, rows=1, passes=1):
+    "Bytes at the highest point of a step, weights included."
+    ids = torch.randint(0, 320, (rows, tokens//rows))
+    batch = dict(input_ids=ids, labels=ids)
+    sft = SupervisedTuning()
+    weights = sum(t.nbytes for t in [*model.parameters(), *model.buffers()])
+    with Tally() as tally:
+        for _ in range(passes):
+            loss, _ = sft(model, batch)
+            loss.backward()
+    model.zero_grad()
+    return weights + tally.peak
+
+
+KINDS = {"lora": dict(lora=True, dtype=torch.bfloat16), "qlora": dict(lora=True, bits=4, dtype=torch.bfloat16),
+         "full": dict(dtype=torch.bfloat16)}
+
+
+def made(kind, **more):
+    how = KINDS[kind]
+    model = small(how["dtype"], **more)
+    if how.get("bits"): quantize_model(model)
+    if how.get("lora"): add_lora(model, LoraConfig(r=8))
+    model.train()
+    assert speed_up(model)
+    return model
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("plan", ["none", "some", "much", "most", "mixed", "host", "pieces"])
+def test_the_peak_is_as_predicted(as_on_a_gpu, monkeypatch, kind, plan):
+    monkeypatch.setattr(Away, "_room", lambda self, t: away.pop()) # not on the device
+    away = [torch.empty(2048, 128, dtype=torch.bfloat16) for _ in range(6)]
+    model = made(kind, vocab_size=320, num_hidden_layers=6)
+    plan = {"mixed": [Saving("most")]*2 + [Saving("some")]*2 + [Saving()]*2, "host": Saving("most", host=True),
+            "pieces": Saving("most", piece=512)}.get(plan, plan)
+    set_saving(model, plan)
+    said = Peak(step_shape(model, 2048, optimizer="paged_adamw_8bit"), plan)
+    found = counted_peak(model, 2048) + said.shape.optimizer
+    assert 0.95 < said.bytes/found < 1.05, (said, found, said.line)
+
+
+@pytest.mark.parametrize("plan", ["none", "some", "most"])
+def test_norms_behind_and_inside(as_on_a_gpu, plan):
+    from transformers import Gemma3ForCausalLM, Gemma3TextConfig
+    torch.manual_seed(0)
+    model = Gemma3ForCausalLM(Gemma3TextConfig(
+        vocab_size=320, hidden_size=128, intermediate_size=384, num_hidden_layers=6, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=32, use_cache=False)).bfloat16()
+    add_lora(model, LoraConfig(r=8)).train()
+    assert speed_up(model, plan)
+    said = Peak(step_shape(model, 2048, optimizer="paged_adamw_8bit"), plan)
+    found = counted_peak(model, 2048) + said.shape.optimizer
+    assert 0.95 < said.bytes/found < 1.05, (said, found, said.line)
+
+
+def test_gradients_that_are_summed(as_on_a_gpu):
+    model = made("full")
+    set_saving(model, "most")
+    said = [Peak(step_shape(model, 512, optimizer="paged_adamw_8bit", accumulate=n), "most") for n in (1, 2)]
+    for s, n in zip(said, (1, 2)):
+        found = counted_peak(model, 512, passes=n) + s.shape.optimizer
+        assert 0.95 < s.bytes/found < 1.05, (n, s, found)
+    assert said[1].bytes > said[0].bytes
+
+
+def test_a_head_that_dominates(as_on_a_gpu):
+    model = made("full", vocab_size=8000, num_hidden_layers=1)
+    set_saving(model, "most")
+    said = Peak(step_shape(model, 512, optimizer="paged_adamw_8bit"), "most")
+    assert said.moment == "loss"
+    found = counted_peak(model, 512) + said.shape.optimizer
+    assert 0.95 < said.bytes/found < 1.05, (said, found)
+
+
+def test_one_layer_of_attention_that_is_high(as_on_a_gpu):
+    model = made("lora", intermediate_size=32)
+    said = Peak(step_shape(model, 2048, optimizer="paged_adamw_8bit"), "none")
+    assert said.moment == "attention 3"
+    found = counted_peak(model, 2048) + said.shape.optimizer
+    assert 0.95 < said.bytes/found < 1.05, (said, found)
+
+
+def test_a_plan_goes_down_as_memory_does():
+    model, before = made("qlora"), None
+    peaks = []
+    for budget in (None, 20_000_000, 14_000_000, 9_000_000, 7_000_000, 1_000_000):
+        plan = plan_memory(model, 2048, budget, optimizer="adamw_8bit")
+        assert before is None or plan.at >= before
+        before = plan.at
+        peaks.append(plan.peak.bytes)
+        assert plan.fits == (budget is None or plan.takes(plan.at) <= budget)
+        if plan.at and plan.fits: assert plan.takes(plan.at - 1) > budget
+    assert peaks == sorted(peaks, reverse=True) and plan.at == len(plan.rungs) - 1 and not plan.fits
+    assert not plan.lower()
+
+
+def test_each_rung_takes_less(as_on_a_gpu):
+    model = made("qlora")
+    plan = plan_memory(model, 2048, optimizer="paged_adamw_8bit")
+    takes = [plan.takes(i) for i in range(len(plan.rungs))]
+    assert all(b <= 1.001*a for a, b in zip(takes, takes[1:]))
+    for plan.at in (2, 6, 11, len(takes) - 1):
+        apply_plan(model, plan)
+        found = counted_peak(model, 2048)
+        assert 0.95 < plan.peak.bytes/found < 1.05, (plan, plan.peak, found)
+    apply_plan(model, None)
+
+
+def test_rungs_that_a_gpu_has_more():
+    assert len(ladder(4, 4096, True, True)) == len(ladder(4, 4096)) + 2
+    assert ladder(4, 100)[-1].saving[0].piece == 0 # too few tokens for pieces
+    with pytest.raises(FtkitError, match="CUDA alone"): cap_memory("0.5GB", "cpu")
+
+
+def lora_trainer(fast=True, **cfg):
+    model = add_lora(tiny_model(), LoraConfig(r=4, dropout=0.1))
+    if fast: assert speed_up(model)
+    cfg = TrainConfig(**{"batch_size": 2, "precision": "fp32", "accumulate": 2, "epochs": 1, **cfg})
+    return Trainer(model, SupervisedTuning(), tiny_rows(), cfg, OptimConfig(lr=1e-2, weight_decay=0.1),
+                   partial(collate, pad_id=0, mask=None), callbacks=[FitMemory()])
+
+
+def weights(trainer): return {n: p.detach().clone() for n, p in trainer.model.named_parameters() if p.requires_grad}
+
+
+def fails(monkeypatch, module, name, calls):
+    "Let the calls of these numbers run out of memory."
+    real, count = getattr(module, name), [0]
+    def f(*args, **kw):
+        count[0] += 1
+        if count[0] in calls: raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB.")
+        return real(*args, **kw)
+    monkeypatch.setattr(module, name, f)
+    return count
+
+
+@pytest.mark.parametrize("where,calls", [("rms_backward", {1, 2}), ("rms_backward", {7}), ("attend_forward", {8, 20}),
+                                         ("glu_backward", {4})])
+def test_a_step_taken_again_is_the_same_step(monkeypatch, capfd, where, calls):
+    plain = lora_trainer()
+    run = plain.fit()
+    trainer = lora_trainer()
+    count = fails(monkeypatch, decoder, where, calls)
+    again = trainer.fit()
+    assert count[0] > max(calls) and "memory ran out" in capfd.readouterr().err
+    assert untimed(again.history) == untimed(run.history)
+    want, got = weights(plain), weights(trainer)
+    assert want.keys() == got.keys() and all(torch.equal(want[k], got[k]) for k in want)
+    assert "take_step" not in trainer.__dict__
+
+
+def test_ordinary_models_compute_twice_when_they_must(monkeypatch):
+    plain = lora_trainer(fast=False)
+    run = plain.fit()
+    trainer = lora_trainer(fast=False)
+    count = fails(monkeypatch, type(trainer.model.model.norm), "forward", {12})
+    again = trainer.fit()
+    assert untimed(again.history) == untimed(run.history)
+    assert not any(getattr(m, "gradient_checkpointing", False) for m in trainer.model.modules())
+    assert count[0] > 12
+
+
+def test_no_way_down(monkeypatch):
+    trainer = lora_trainer(gradient_checkpointing=False)
+    fails(monkeypatch, decoder, "rms_backward", {3})
+    with pytest.raises(FtkitError, match="nothing is left to save.*batch_size"): trainer.fit()
+
+
+def test_no_way_back(monkeypatch):
+    trainer = lora_trainer()
+    def broken(*args, **kw): raise torch.OutOfMemoryError("CUDA out of memory.")
+    monkeypatch.setattr(trainer.optimizer, "step", broken)
+    with pytest.raises(FtkitError, match="updated already"): trainer.fit()
+
+
+def test_other_errors_pass(monkeypatch):
+    trainer = lora_trainer()
+    def broken(*args, **kw): raise RuntimeError("not about memory")
+    monkeypatch.setattr(decoder, "glu_backward", broken)
+    with pytest.raises(RuntimeError, match="not about memory"): trainer.fit()
+
+
+@pytest.mark.parametrize("checkpointing,level", [(None, "none"), (True, "most"), (False, "none")])
+def test_what_the_option_asks_for(checkpointing, level):
+    trainer, seen = lora_trainer(gradient_checkpointing=checkpointing, max_steps=1), []
+    real = trainer.take_step
+    def look(ready):
+        layers = find_decoder(trainer.model)
+        seen.append(({p.saving.level for p in layers.__dict__["_fast"].parts},
+                     any(getattr(m, "gradient_checkpointing", False) for m in trainer.model.modules())))
+        return real(ready)
+    trainer.take_step = look
+    trainer.fit()
+    assert seen == [({level}, False)]
+
+
+def test_a_limit_is_said(capfd):
+    lora_trainer(max_steps=1, gpu_memory="8GB").fit()
+    assert "of 8.00 GB" in capfd.readouterr().err
+    assert most_tokens(lora_trainer()) == 2*max(len(r.ids) for r in tiny_rows())
