@@ -14,6 +14,7 @@ from fastcore.basics import patch
 from .attention import Rows, attend_backward, attend_forward
 from .core import FtkitError
 from .kept import Saving
+from .kernels.edges import adds_up
 from .kernels.eight import glu_backward_codes, glu_codes, rms_codes
 from .kernels.glu import glu_backward, glu_forward
 from .kernels.norm import rms_backward, rms_forward
@@ -392,8 +393,8 @@ class _Layer(torch.autograd.Function):
     def backward(ctx, dy):
         kept,ctx.kept,call = ctx.kept,None,ctx.call
         if kept is None:
-            raise FtkitError("the backward pass of this layer has run already, and used up what "
-                             "it had kept", fix="Compute the loss again before another backward()")
+            raise FtkitError("the backward pass has run already", fix="Compute the loss again")
+        for p in ctx.layer.projections: p.straight = adds_up(ctx, p.trainable)
         with _no_autocast(dy):
             dx,grads = ctx.layer.backward(_flat(dy, call), kept, call, ctx.needs_input_grad[0])
         return None if dx is None else dx.view(dy.shape).to(ctx.dtype), None, None, *grads

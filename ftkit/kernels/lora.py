@@ -12,7 +12,7 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
 from ..core import FtkitError
-from .edges import SCRATCH, Moves, Scratch, dropped, product, unpack
+from .edges import SCRATCH, Moves, Scratch, dropped, is_view, product, unpack, weight_gradients
 from ..lora.layers import LoraLinear
 from ..quant.linear import QLinear
 
@@ -89,7 +89,7 @@ class Projection:
         self.quantized = all(type(p.base) is QLinear for p in self.parts)
         self.layout = tuple((p.rows.stop, p.ranks.stop) for p in self.parts)
         self.matrix = self.views = self.moves = self.gathers = self.shared = None
-        self.hooks = []
+        self.hooks,self.straight = [],False # the latter: see `weight_gradients`
 
     why_not = staticmethod(why_not)
 
@@ -289,13 +289,14 @@ def _grads(self:Projection, dy, x, xa, dxa, seed):
     "Gradients of `trainable`, in its order."
     A,B,grads = None,None,[]
     if self.learns and xa is not None: A,B = self._factor_grads(dy, x, xa, dxa, seed)
-    if self._deferred: A,B = None,None
-    elif B is not None: B = self._blocks(B)
+    A,B = (None, None) if self._deferred or B is None else (A, self._blocks(B))
+    found = [(p.rows, t) for p,name,t in self.trained if name == "weight"]
+    W = weight_gradients(dy, x, found, self.straight)
     for p,name,param in self.trained:
         if name == "A": grad = None if A is None else A[p.ranks]
         elif name == "B": grad = None if B is None else next(B)
         elif name == "bias": grad = dy[:,p.rows].sum(0, dtype=torch.float32)
-        else: grad = product(dy[:,p.rows].T, x, param.dtype)
+        else: grad = next(W)
         grads.append(None if grad is None else grad.to(param.dtype))
     return tuple(grads)
 
@@ -366,7 +367,7 @@ def hold(self:Projection,
     plain = [p.base for p in self.parts if _is_plain(p.base, dtype)]
     frozen = all(type(p.base) is QLinear or not p.base.weight.requires_grad for p in self.parts)
     if len(plain) < len(self.parts) and not (cache and frozen): return False
-    if self.R and not frozen: return False # an optimizer wants contiguous weights
+    if not frozen and (self.R or any(is_view(p.weight) for p in plain)): return False
     device = _held(self.parts[0].base).device
     M = torch.zeros(self.N + self.R, self.K + self.R, dtype=dtype, device=device)
     for p in self.parts:
