@@ -185,6 +185,7 @@ def test_clipping_is_by_the_norm_of_the_step_before():
 def test_gradients_are_gone_at_once(monkeypatch):
     "The peak of a step by parts holds the gradients of one layer, not of all."
     monkeypatch.setattr(StepInBackward, "ENOUGH", 2**16)
+    monkeypatch.setattr(FlatAdamW, "_step_of", lambda *args, **kw: None)  # its formula needs room
     def peak(inside):
         model = tiny_llama(num_hidden_layers=8, hidden_size=128, intermediate_size=256).train()
         speed_up(model, "most", hold=True)
