@@ -198,7 +198,9 @@ def test_what_makes_it_smaller():
     assert peak(bits=4) < peak(bits=8) < peak() < peak(checkpointing=False)
     assert peak(batch_size=4) > peak(batch_size=2) > peak() > peak(length=1024)
     assert peak(optimizer="paged_adamw_8bit") < peak(optimizer="adamw_8bit") < peak()
-    assert peak(learned=0.2) < peak() and peak(accumulate=4) > peak()
+    assert peak(learned=0.2) <= peak() < peak(accumulate=4)
+    loss = lambda **changes: sum(predict_memory("llama2_7b", "lora", **changes).moments["loss"].values())
+    assert loss(learned=0.2) < loss() # though another moment may be the worst
     assert peak(attn="eager", checkpointing=False) > 1.5*peak(checkpointing=False)
     assert peak(mask=True, length=32768) - peak(length=32768) > 32768**2
 

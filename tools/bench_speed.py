@@ -1,14 +1,15 @@
-"""ftkit beside other programs: the same weights, tokens and settings, each in a process of its own, turn by turn.
+"""ftkit beside other programs: the same weights, tokens and settings, turn by turn.
 
-    python tools/bench_speed.py --home /data/bench --rows lora,qlora_gc --peers hf,unsloth,ftkit
-    python tools/bench_speed.py --home /data/bench --parity --rows lora       20 steps, every loss and gradient norm
-    python tools/bench_speed.py --home /data/bench --report --log all.jsonl   the table again, nothing is run
-    python tools/bench_speed.py --home DIR --tiny                             a smoke test on a CPU
+    python tools/bench_speed.py --home DIR --rows lora,qlora_gc --peers hf,unsloth,ftkit
+    python tools/bench_speed.py --home DIR --parity --rows lora       20 steps, every loss and norm
+    python tools/bench_speed.py --home DIR --report --log all.jsonl   the table, nothing is run
+    python tools/bench_speed.py --home DIR --tiny                     a smoke test on a CPU
 
-Checkpoints of random weights are made in the home folder when a row first needs them. Other programs may lie in a folder
-of their own (--site), which ftkit does not see. A ratio counts only between results of one run on one card, and against
-the best that any other program reached; parity is held against hf on the same weights: the loss within 0.5 % and the
-gradient norm within 2 % at each of 20 steps (0.5 % of the loss at the end of 200 for 8 bits).
+Each result is that of a process of its own. Checkpoints of random weights are made in the home
+folder when a row first needs them. Other programs may lie in a folder of their own (--site), which
+ftkit does not see. A ratio counts only between results of one run on one card, and against the best
+that any other program reached; parity is held against hf on the same weights: the loss within 0.5 %
+and the gradient norm within 2 % at each of 20 steps (8 bits: the loss at the end of 200 steps).
 """
 import argparse, json, math, os, subprocess, sys, time
 from pathlib import Path
@@ -38,8 +39,8 @@ ROWS = {
     "full_48": row("full", "1", peers=("liger", "ftkit"), ours=dict(gc="auto", cap=48)),
     "paged_7b": row("qlora", "1", LLAMA2, **ONE),
     "paged_8b": row("qlora", "1", peers=("unsloth", "ftkit"), **ONE),
-    "low_7b": row("qlora", "1", LLAMA2, peers=("unsloth", "ftkit"), ours=dict(gc="auto", cap=4.6), **ONE),
-    "low_8b": row("qlora", "1", peers=("unsloth", "ftkit"), ours=dict(gc="auto", cap=5.6), **ONE),
+    "low_7b": row("qlora", "1", LLAMA2, ("unsloth", "ftkit"), dict(gc="auto", cap=4.6), **ONE),
+    "low_8b": row("qlora", "1", LLAMA3, ("unsloth", "ftkit"), dict(gc="auto", cap=5.6), **ONE),
     "packed": row("qlora", "1", peers=("hf", "unsloth", "ftkit"), packed=True),
     "qwen7b": row("lora", "0", "qwen2.5-7b"),
     "small": row("lora", "0", "qwen2.5-0.5b", batch=1),
@@ -54,17 +55,18 @@ def command(name, peer, args):
     how = {**r["how"], **(r["ours"] if peer == "ftkit" else {})}
     if args.parity: how |= dict(parity=args.parity)
     if args.parity and how["mode"] == "fp8": how |= dict(parity=max(200, args.parity))
-    words = [sys.executable, str(HERE/"peers.py"), "--peer", peer, "--ckpt", str(args.home/r["shape"])]
+    words = [sys.executable, str(HERE/"peers.py"), "--peer", peer]
+    words += ["--ckpt", str(args.home/r["shape"])]
     for k, v in {**how, "steps": args.steps, "device": args.device}.items():
         if v is not False: words += [f"--{k}", *([] if v is True else [str(v)])]
     return words
 
 
 def environment(peer, site):
-    "Other programs see their own folder first; Triton keeps what it compiles beside the checkpoints."
-    env = dict(os.environ)
-    if site and peer != "ftkit": env["PYTHONPATH"] = os.pathsep.join(filter(None, [site, env.get("PYTHONPATH")]))
-    return env
+    "Other programs see their own folder first."
+    if not site or peer == "ftkit": return dict(os.environ)
+    path = os.pathsep.join(filter(None, [site, os.environ.get("PYTHONPATH")]))
+    return dict(os.environ, PYTHONPATH=path)
 
 
 def run_one(name, peer, args):
@@ -72,9 +74,10 @@ def run_one(name, peer, args):
     from make_checkpoint import make
     begin = time.time()
     try:
-        make(args.home/args.table[name]["shape"], args.table[name]["shape"], device=args.device)
-        done = subprocess.run(command(name, peer, args), capture_output=True, text=True, timeout=args.timeout,
-                              env=environment(peer, args.site))
+        shape = args.table[name]["shape"]
+        make(args.home/shape, shape, device=args.device)
+        done = subprocess.run(command(name, peer, args), capture_output=True, text=True,
+                              timeout=args.timeout, env=environment(peer, args.site))
         lines = [x for x in done.stdout.splitlines() if x.startswith("RESULT ")]
         found = json.loads(lines[-1][7:]) if lines else dict(error=reason(done))
     except subprocess.TimeoutExpired: found = dict(error=f"more than {args.timeout} s")
@@ -94,15 +97,17 @@ def turns(args):
     for i in range(args.rounds):
         for name in args.rows:
             peers = [p for p in args.table[name]["peers"] if p in args.peers]
-            yield from ((name, p) for p in peers[i % len(peers):] + peers[:i % len(peers)]) if peers else ()
+            first = i % max(1, len(peers))
+            yield from ((name, p) for p in peers[first:] + peers[:first])
 
 
 # ------------------------------------------------------------ what came out
 
 def best(results, name, peer):
     "The median result of a peer in a row."
-    found = sorted((x for x in results if x["row"] == name and x["peer"] == peer and not x.get("parity")
-                    and "tok_s" in x), key=lambda x: x["tok_s"])
+    found = [x for x in results if (x["row"], x["peer"]) == (name, peer)]
+    found = [x for x in found if "tok_s" in x and not x.get("parity")]
+    found.sort(key=lambda x: x["tok_s"])
     return found[len(found)//2] if found else None
 
 
@@ -113,8 +118,9 @@ def apart(ours, theirs):
 
 
 def parity(results, name, peer="ftkit"):
-    "How far losses and gradient norms are from those of hf, and whether that is near enough; None if not run."
-    runs = {x["peer"]: x for x in results if x["row"] == name and x.get("parity") and "losses" in x}
+    "How far losses and gradient norms are from those of hf; None where that was not run."
+    runs = [x for x in results if x["row"] == name and x.get("parity") and "losses" in x]
+    runs = {x["peer"]: x for x in runs}
     if peer not in runs or "hf" not in runs: return None
     ours, theirs = runs[peer], runs["hf"]
     if ours.get("mode") == "fp8":
@@ -126,37 +132,50 @@ def parity(results, name, peer="ftkit"):
 
 def summary(results, table):
     "One entry a row: tokens/s and GiB of each, ftkit's ratio to the best other, parity."
-    out = {}
+    out, keys = {}, ("tok_s", "peak_gib", "card")
     for name in table:
         found = {p: best(results, name, p) for p in PEERS}
-        found = {p: dict(tok_s=x["tok_s"], peak_gib=x["peak_gib"], card=x["card"]) for p, x in found.items() if x}
+        found = {p: {k: x[k] for k in keys} for p, x in found.items() if x}
         failed = {x["peer"]: x["error"] for x in results if x["row"] == name and "error" in x}
         rivals = [x for p, x in found.items() if p != "ftkit"]
-        if not found and not failed: continue
-        out[name] = dict(results=found, failed={p: e for p, e in failed.items() if p not in found},
-                         parity=parity(results, name))
+        held = parity(results, name)
+        if not found and not failed and not held: continue
+        failed = {p: e for p, e in failed.items() if p not in found}
+        out[name] = dict(results=found, failed=failed, parity=held)
         if "ftkit" in found and rivals:
-            out[name]["ratio"] = round(found["ftkit"]["tok_s"]/max(x["tok_s"] for x in rivals), 3)
-            out[name]["memory_ratio"] = round(found["ftkit"]["peak_gib"]/min(x["peak_gib"] for x in rivals), 3) \
-                if min(x["peak_gib"] for x in rivals) else None
+            out[name] |= ratios(found["ftkit"], rivals)
     return out
+
+
+def ratios(ours, rivals):
+    "Against the fastest of the others, and against the one that takes least memory."
+    fast, small = max(x["tok_s"] for x in rivals), min(x["peak_gib"] for x in rivals)
+    memory = round(ours["peak_gib"]/small, 3) if small else None
+    return dict(ratio=round(ours["tok_s"]/fast, 3), memory_ratio=memory)
+
+
+def gate(x):
+    "What `parity` says, in words."
+    if x is None: return "–"
+    norm = f", norm {x['norm']:.2%}" if x["norm"] is not None else ""
+    return f"{'good' if x['good'] else 'NOT GOOD'} (loss {x['loss']:.2%}{norm})"
 
 
 def show(found):
     "The summary as a table."
     cell = lambda x: f"{x['tok_s']:>9,.0f} {x['peak_gib']:6.2f}" if x else f"{'–':>16}"
     print(f"{'tokens/s, GiB':12}" + "".join(f"{p:>17}" for p in PEERS) + "   ratio  memory  parity")
+    number = lambda x: f"{x:8.2f}" if x else f"{'–':>8}"
     for name, x in found.items():
-        gate = x["parity"]
-        said = "–" if gate is None else f"{'good' if gate['good'] else 'NOT GOOD'} (loss {gate['loss']:.2%}" + \
-            (f", norm {gate['norm']:.2%})" if gate["norm"] is not None else ")")
-        ratios = "".join(f"{x[k]:8.2f}" if x.get(k) else f"{'–':>8}" for k in ("ratio", "memory_ratio"))
-        print(f"{name:12}" + "".join(f" {cell(x['results'].get(p))}" for p in PEERS) + f"{ratios}  {said}")
+        cells = "".join(f" {cell(x['results'].get(p))}" for p in PEERS)
+        parts = "".join(number(x.get(k)) for k in ("ratio", "memory_ratio"))
+        print(f"{name:12}{cells}{parts}  {gate(x['parity'])}")
         for peer, error in x["failed"].items(): print(f"{'':12} {peer}: {error}")
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--home", type=Path, required=True, help="folder of checkpoints, some GB each")
     add("--rows", help=f"of {','.join(ROWS)}; by default those of {LLAMA3} and {LLAMA2}")
@@ -165,7 +184,7 @@ def main():
     add("--timeout", type=float, default=600, help="seconds for one process")
     add("--rounds", type=int, default=1)
     add("--steps", type=int, default=6)
-    add("--parity", type=int, nargs="?", const=20, help="compare losses and gradients instead of times")
+    add("--parity", type=int, nargs="?", const=20, help="compare losses and gradients, not times")
     add("--log", type=Path, help="append every result here, and count what is there already")
     add("--results", type=Path, help="write the summary here, e.g. nbs/results/speed.json")
     add("--site", help="folder with the other programs")
@@ -175,9 +194,10 @@ def main():
     args.table = TINY if args.tiny else ROWS
     usual = [n for n, r in args.table.items() if args.tiny or r["shape"] in (LLAMA3, LLAMA2)]
     args.rows, args.peers = args.rows.split(",") if args.rows else usual, args.peers.split(",")
-    if (odd := [n for n in args.rows if n not in args.table] + [p for p in args.peers if p not in PEERS]):
-        parser.error(f"unknown: {', '.join(odd)}")
-    results = [json.loads(x) for x in args.log.read_text().splitlines()] if args.log and args.log.exists() else []
+    odd = [n for n in args.rows if n not in args.table] + [p for p in args.peers if p not in PEERS]
+    if odd: parser.error(f"unknown: {', '.join(odd)}")
+    lines = args.log.read_text().splitlines() if args.log and args.log.exists() else []
+    results = list(map(json.loads, lines))
     args.device, args.card = "cpu", "cpu"
     if not args.report: measure(args, results)
     found = summary(results, args.table)

@@ -1,23 +1,27 @@
-"""Write a checkpoint of a well-known shape with random weights, and a toy tokenizer, for benchmarks without a network.
+"""Write a checkpoint of a well-known shape with random weights, and a toy tokenizer.
 
     python tools/make_checkpoint.py FOLDER llama3-8b
     python tools/make_checkpoint.py FOLDER tiny --device cpu
 
-Tensors are drawn and written one shard at a time, so a model may be larger than the memory. The same seed gives the same
-weights on the same kind of device. A folder that is complete is left alone.
+For benchmarks without a network. Tensors are drawn and written one shard at a time, so a model may
+be larger than the memory. The same seed gives the same weights on the same kind of device. A folder
+that is complete is left alone.
 """
 import argparse, json, shutil, sys, time, zlib
 from pathlib import Path
 
 LLAMA3 = dict(vocab_size=128256, rope_theta=500000., max_position_embeddings=8192)
+LLAMA2 = dict(vocab_size=32000, max_position_embeddings=4096)
 QWEN = dict(kind="qwen2", rope_theta=1e6, max_position_embeddings=32768)
+MIXTRAL = dict(kind="mixtral", vocab_size=32000, num_local_experts=8, num_experts_per_tok=2)
 # hidden, intermediate, layers, heads, heads of keys and values
-SHAPES = {"llama3-8b": (4096, 14336, 32, 32, 8, LLAMA3), "llama3-70b": (8192, 28672, 80, 64, 8, LLAMA3),
-          "llama2-7b": (4096, 11008, 32, 32, 32, dict(vocab_size=32000, max_position_embeddings=4096)),
-          "qwen2.5-7b": (3584, 18944, 28, 28, 4, {**QWEN, "vocab_size": 152064}),
-          "qwen2.5-0.5b": (896, 4864, 24, 14, 2, {**QWEN, "vocab_size": 151936, "tie_word_embeddings": True}),
-          "mixtral-small": (1024, 3584, 8, 16, 4, dict(kind="mixtral", vocab_size=32000, num_local_experts=8,
-                                                        num_experts_per_tok=2)),
+SHAPES = {"llama3-8b": (4096, 14336, 32, 32, 8, LLAMA3),
+          "llama3-70b": (8192, 28672, 80, 64, 8, LLAMA3),
+          "llama2-7b": (4096, 11008, 32, 32, 32, LLAMA2),
+          "qwen2.5-7b": (3584, 18944, 28, 28, 4, QWEN | dict(vocab_size=152064)),
+          "qwen2.5-0.5b": (896, 4864, 24, 14, 2,
+                           QWEN | dict(vocab_size=151936, tie_word_embeddings=True)),
+          "mixtral-small": (1024, 3584, 8, 16, 4, MIXTRAL),
           "tiny": (64, 128, 2, 4, 2, dict(vocab_size=512))}
 
 
@@ -25,11 +29,12 @@ def config_of(shape):
     "The transformers configuration of a shape."
     from transformers import AutoConfig
     *numbers, more = SHAPES[shape]
-    names = "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"
+    names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+             "num_key_value_heads")
     more = dict(tie_word_embeddings=False, pad_token_id=0, bos_token_id=1, eos_token_id=2) | more
     kind = more.pop("kind", "llama")
     out = AutoConfig.for_model(kind, **dict(zip(names, numbers)), **more, dtype="bfloat16")
-    out.architectures = [f"{dict(llama='Llama', qwen2='Qwen2', mixtral='Mixtral')[kind]}ForCausalLM"]
+    out.architectures = [f"{kind.capitalize()}ForCausalLM"]
     return out
 
 
@@ -45,8 +50,10 @@ def layout(config):
         else:
             at = name.replace(".mlp.", ".block_sparse_moe.").rpartition(".")[0]
             wide, deep = config.intermediate_size, config.hidden_size
-            parts = dict(w1=(wide, deep), w3=(wide, deep)) if "gate_up" in name else dict(w2=(deep, wide))
-            for e in range(len(t)): yield from ((f"{at}.{e}.{k}.weight", shape) for k, shape in parts.items())
+            parts = dict(w2=(deep, wide))
+            if "gate_up" in name: parts = dict(w1=(wide, deep), w3=(wide, deep))
+            for e in range(len(t)):
+                for k, shape in parts.items(): yield f"{at}.{e}.{k}.weight", shape
 
 
 def draw(name, shape, seed, device):
@@ -86,8 +93,9 @@ def write_tokenizer(folder, words):
     vocab = {"<pad>": 0, "<s>": 1, "</s>": 2, "<unk>": 3} | {f"w{i}": i for i in range(4, words)}
     made = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
     made.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<s>", eos_token="</s>", pad_token="<pad>",
-                            unk_token="<unk>", model_max_length=8192).save_pretrained(folder)
+    named = dict(bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>")
+    PreTrainedTokenizerFast(tokenizer_object=made, model_max_length=8192,
+                            **named).save_pretrained(folder)
 
 
 def make(folder, shape, seed=0, device="cpu", limit=4*2**30):
@@ -107,11 +115,13 @@ def make(folder, shape, seed=0, device="cpu", limit=4*2**30):
 
 def main():
     import torch
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder")
     parser.add_argument("shape", choices=SHAPES)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to draw")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
+                        help="where to draw")
     args = parser.parse_args()
     make(args.folder, args.shape, args.seed, args.device)
 

@@ -1,11 +1,12 @@
-"""One program, one setting, one process: some training steps; one line of JSON with tokens/s, GiB, losses, gradient norms.
+"""One program, one setting, one process: some training steps, and one line of JSON.
 
     python tools/peers.py --peer ftkit --mode lora --ckpt FOLDER --gc 0 --batch 4 --seq 2048
     python tools/peers.py --peer hf --mode qlora --ckpt FOLDER --parity 20
 
-Peers: hf (transformers + peft + bitsandbytes), liger, unsloth, and ftkit through its public API. All see the same weights
-(tools/make_checkpoint.py), the same random tokens and, with --parity N, the same start of the adapters; then every step's
-loss and gradient norm is read, which makes the times worthless. FOLDER's tokenizer is not used.
+Peers: hf (transformers + peft + bitsandbytes), liger, unsloth, and ftkit through its public API.
+All see the same weights (tools/make_checkpoint.py), the same random tokens and, with --parity N,
+the same start of the adapters; then every step's loss and gradient norm is read, which makes the
+times worthless. The line says tokens/s, GiB, losses and norms. FOLDER's tokenizer is not used.
 """
 import argparse, json, math, os, sys, time, zlib
 from pathlib import Path
@@ -16,12 +17,15 @@ GIB = 2**30
 
 
 def arguments():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--peer", choices=("hf", "liger", "unsloth", "ftkit"), required=True)
-    add("--mode", choices=("lora", "qlora", "full", "fp8"), required=True, help="fp8: a frozen base in 8 bits, ftkit only")
+    add("--mode", choices=("lora", "qlora", "full", "fp8"), required=True,
+        help="fp8: a frozen base in 8 bits, ftkit only")
     add("--ckpt", required=True)
-    add("--gc", choices=("0", "1", "auto"), default="1", help="recompute activations; auto: as the program likes it")
+    add("--gc", choices=("0", "1", "auto"), default="1",
+        help="recompute activations; auto: as the program likes it")
     add("--batch", type=int, default=4)
     add("--seq", type=int, default=2048)
     add("--packed", action="store_true", help="samples of uneven length; --seq is the longest")
@@ -44,7 +48,7 @@ def samples(a, vocab):
     rng, n = np.random.default_rng(0), a.parity or a.warmup + a.steps
     for _ in range(n):
         lengths = [a.seq]*a.batch
-        if a.packed: # as many tokens a step as full rows have, in samples around a quarter of the longest
+        if a.packed: # as many tokens as in full rows, in samples around a quarter of the longest
             lengths, room = [], a.batch*a.seq
             while room > 8:
                 lengths.append(int(min(room, a.seq, max(8, rng.lognormal(math.log(a.seq/6), 0.8)))))
@@ -74,11 +78,14 @@ def vocabulary(a):
 def load_unsloth(a):
     from unsloth import FastLanguageModel
     import torch
-    model, _ = FastLanguageModel.from_pretrained(a.ckpt, max_seq_length=a.seq, dtype=torch.bfloat16,
-        load_in_4bit=a.mode == "qlora", full_finetuning=a.mode == "full", local_files_only=True)
+    model, _ = FastLanguageModel.from_pretrained(
+        a.ckpt, max_seq_length=a.seq, dtype=torch.bfloat16, load_in_4bit=a.mode == "qlora",
+        full_finetuning=a.mode == "full", local_files_only=True)
     if a.mode == "full": return model
-    return FastLanguageModel.get_peft_model(model, r=a.r, target_modules=LINEARS, lora_alpha=a.r, lora_dropout=0,
-        bias="none", use_gradient_checkpointing=False if a.gc == "0" else "unsloth", random_state=0)
+    again = False if a.gc == "0" else "unsloth"
+    return FastLanguageModel.get_peft_model(
+        model, r=a.r, target_modules=LINEARS, lora_alpha=a.r, lora_dropout=0, bias="none",
+        use_gradient_checkpointing=again, random_state=0)
 
 
 def load_hf(a):
@@ -90,17 +97,19 @@ def load_hf(a):
         getattr(liger, f"apply_liger_kernel_to_{kind}")()
     how = dict(dtype=torch.bfloat16, attn_implementation="sdpa", device_map={"": a.device})
     if a.mode == "qlora":
-        how["quantization_config"] = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.bfloat16)
+        how["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.bfloat16)
     model = AutoModelForCausalLM.from_pretrained(a.ckpt, **how)
     model.config.use_cache = False
-    if a.gc != "0": model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if a.gc != "0": model.gradient_checkpointing_enable({"use_reentrant": False})
     if a.mode == "full": return model
     from peft import LoraConfig, get_peft_model
     model.requires_grad_(False)
     if a.gc != "0": model.enable_input_require_grads()
-    return get_peft_model(model, LoraConfig(r=a.r, lora_alpha=a.r, target_modules=LINEARS, lora_dropout=0.,
-                                            bias="none", task_type="CAUSAL_LM"))
+    config = LoraConfig(r=a.r, lora_alpha=a.r, target_modules=LINEARS, lora_dropout=0., bias="none",
+                        task_type="CAUSAL_LM")
+    return get_peft_model(model, config)
 
 
 def same_start(model):
@@ -115,9 +124,11 @@ def padded(step, device):
     "One batch; its mask only where something is padded."
     import torch
     longest = max(len(ids) for ids, _ in step)
-    ids, labels = torch.zeros(len(step), longest, dtype=torch.long), torch.full((len(step), longest), -100)
+    ids = torch.zeros(len(step), longest, dtype=torch.long)
+    labels = torch.full_like(ids, -100)
     for i, (x, masked) in enumerate(step):
-        ids[i, :len(x)], labels[i, masked:len(x)] = torch.from_numpy(x), torch.from_numpy(x)[masked:]
+        ids[i, :len(x)] = torch.from_numpy(x)
+        labels[i, masked:len(x)] = ids[i, masked:len(x)]
     out = dict(input_ids=ids, labels=labels)
     if any(len(x) < longest for x, _ in step):
         lengths = torch.tensor([len(x) for x, _ in step])
@@ -134,10 +145,11 @@ def run_peer(a):
     model.train()
     if a.parity: same_start(model)
     learn = [p for p in model.parameters() if p.requires_grad]
-    if a.opt == "adamw": optimizer = torch.optim.AdamW(learn, lr=1e-4, weight_decay=0., betas=(0.9, 0.95), fused=cuda)
+    how = dict(lr=1e-4, weight_decay=0., betas=(0.9, 0.95))
+    if a.opt == "adamw": optimizer = torch.optim.AdamW(learn, fused=cuda, **how)
     else:
         import bitsandbytes as bnb
-        optimizer = bnb.optim.PagedAdamW8bit(learn, lr=1e-4, weight_decay=0., betas=(0.9, 0.95))
+        optimizer = bnb.optim.PagedAdamW8bit(learn, **how)
     loaded = time.perf_counter() - begin
     if cuda:
         torch.cuda.empty_cache()
@@ -153,7 +165,8 @@ def run_peer(a):
     wait()
     mark()
     for step, batch in zip(samples(a, vocabulary(a)), batches):
-        with torch.autocast(a.device.split(":")[0], dtype=torch.bfloat16): loss = model(**batch).loss
+        with torch.autocast("cuda" if cuda else "cpu", dtype=torch.bfloat16):
+            loss = model(**batch).loss
         loss.backward()
         if a.parity: norms.append(torch.nn.utils.clip_grad_norm_(learn, math.inf).item())
         optimizer.step()
@@ -165,14 +178,15 @@ def run_peer(a):
     seconds = [x.elapsed_time(y)/1e3 if cuda else y - x for x, y in zip(marks, marks[1:])]
     losses = [x.item() for x in losses]
     peak = torch.cuda.max_memory_allocated() if cuda else 0
-    report(a, seconds, tokens, losses, norms, peak, resident if cuda else 0, loaded, sum(p.numel() for p in learn))
+    report(a, seconds, tokens, losses, norms, peak, resident if cuda else 0, loaded, learn)
 
 
 def report(a, seconds, tokens, losses, norms, peak, resident, loaded, learn):
     pairs = list(zip(tokens, seconds))[1 if a.parity else a.warmup:]
     rates, steady = sorted(n/s for n, s in pairs), sorted(s for _, s in pairs)
     say(a, tok_s=round(rates[len(rates)//2], 1), step_ms=round(1e3*steady[len(steady)//2], 2),
-        peak_gib=round(peak/GIB, 3), resident_gib=round(resident/GIB, 3), load_s=round(loaded, 1), learned_weights=learn,
+        peak_gib=round(peak/GIB, 3), resident_gib=round(resident/GIB, 3),
+        load_s=round(loaded, 1), learned_weights=sum(p.numel() for p in learn),
         losses=[round(x, 5) for x in losses], norms=[round(x, 6) for x in norms])
 
 
@@ -191,8 +205,9 @@ def as_rows(a, steps):
     from ftkit.data.packing import make_row, pack
     from ftkit.data.tokens import Encoded
     for step in steps:
-        encoded = [Encoded(ids.tolist(), [-100]*masked + ids[masked:].tolist()) for ids, masked in step]
-        chosen = pack([len(e) for e in encoded], a.seq) if a.packed else [[i] for i in range(len(encoded))]
+        encoded = [Encoded(x.tolist(), [-100]*masked + x[masked:].tolist()) for x, masked in step]
+        chosen = [[i] for i in range(len(encoded))]
+        if a.packed: chosen = pack([len(e) for e in encoded], a.seq)
         yield [make_row([encoded[i] for i in row]) for row in chosen]
 
 
@@ -211,29 +226,32 @@ def run_ftkit(a):
     from ftkit.bench import Clock, times
     from ftkit.training.loop import Trainer
     from ftkit.training.plan import Plan, TrainConfig
-    full = a.mode == "full"
     cuda = a.device.startswith("cuda")
-    model = ft.load_model(a.ckpt, dtype="bf16", device=a.device, **(dict(bits=4) if a.mode == "qlora" else {}))
-    if full: model.requires_grad_(True)
+    bits = 4 if a.mode == "qlora" else None
+    model = ft.load_model(a.ckpt, dtype="bf16", device=a.device, bits=bits)
+    if a.mode == "full": model.requires_grad_(True)
     else: ft.add_lora(model, ft.LoraConfig(r=a.r, alpha=a.r))
     if a.parity:
         with torch.no_grad():
-            for name, layer in ft.lora_layers(model).items(): layer.A.copy_(start_of(name, layer.A.shape))
+            for name, layer in ft.lora_layers(model).items():
+                layer.A.copy_(start_of(name, layer.A.shape))
     steps = list(as_rows(a, samples(a, vocabulary(a))))
     batch = max(map(len, steps))
     for step in steps: # a row of one token that is not learned fills up
         while len(step) < batch: step.append(blank())
-    cfg = given(TrainConfig, max_steps=len(steps), batch_size=batch, precision="bf16", overwrite=True,
-                log_every=1 if a.parity else len(steps), gpu_memory=f"{a.cap}GiB" if a.cap else None,
-                gradient_checkpointing={"0": False, "1": True, "auto": None}[a.gc] if known_none(a) else a.gc == "1",
+    again = {"0": False, "1": True, "auto": None if decides(TrainConfig) else False}[a.gc]
+    cfg = given(TrainConfig, max_steps=len(steps), batch_size=batch, precision="bf16",
+                log_every=1 if a.parity else len(steps), gradient_checkpointing=again,
+                gpu_memory=f"{a.cap}GiB" if a.cap else None,
                 compute="fp8" if a.mode == "fp8" else "auto")
-    if a.mode == "fp8" and getattr(cfg, "compute", None) != "fp8": raise SystemExit("this version has no FP8")
-    optim = ft.OptimConfig(lr=1e-4, schedule="constant", warmup_steps=0, max_grad_norm=0 if not a.parity else 1e9,
+    if a.mode == "fp8" and getattr(cfg, "compute", None) != "fp8": sys.exit("no FP8 here")
+    optim = ft.OptimConfig(lr=1e-4, schedule="constant", warmup_steps=0,
+                           max_grad_norm=1e9 if a.parity else 0,
                            optimizer="adamw" if a.opt == "adamw" else "paged_adamw_8bit")
     rows = in_order(steps, Plan(batch*len(steps), batch, seed=cfg.seed))
     clock = Clock(0 if a.parity else a.warmup, a.parity or a.steps)
-    trainer = Trainer(model, ft.SupervisedTuning(), rows, cfg, optim, partial(ft.collate, pad_id=0, mask=None),
-                      callbacks=[clock])
+    collate = partial(ft.collate, pad_id=0, mask=None)
+    trainer = Trainer(model, ft.SupervisedTuning(), rows, cfg, optim, collate, callbacks=[clock])
     resident, loaded = torch.cuda.memory_allocated() if cuda else 0, time.perf_counter() - begin
     run = trainer.fit()
     real = [sum(len(ids) for ids, _ in step) for step in samples(a, vocabulary(a))]
@@ -241,14 +259,13 @@ def run_ftkit(a):
     first = len(real) - len(seconds)
     report(a, [math.nan]*first + seconds, real, [r["loss"] for r in every],
            [r["grad_norm"] for r in every] if a.parity else [], clock.peak or 0, resident, loaded,
-           sum(p.numel() for p in model.parameters() if p.requires_grad))
+           [p for p in model.parameters() if p.requires_grad])
 
 
-def known_none(a):
+def decides(cls):
     "Whether this version can decide by itself what to recompute."
     from dataclasses import fields
-    from ftkit.training.plan import TrainConfig
-    return any(f.name == "gradient_checkpointing" and f.default is None for f in fields(TrainConfig))
+    return any(f.name == "gradient_checkpointing" and f.default is None for f in fields(cls))
 
 
 def blank():

@@ -64,8 +64,7 @@ def _score_kernel(logits, targets, counts, losses, hits, stride, vocab, scale, c
         top = higher # of equals the first one is the guess
         beaten += tl.sum(((z > wanted) | ((z == wanted) & (column < target))).to(tl.int32), 0)
     logsum = top + tl.log(total)
-    loss = tl.where(target == -100, 0., count*(logsum - wanted))
-    tl.store(losses + row, loss)
+    tl.store(losses + row, tl.where(target == -100, 0., count*(logsum - wanted)))
     tl.store(hits + row, tl.where(known & (beaten == 0), count, 0.))
     if GRAD:
         for start in range(0, vocab, BLOCK):
@@ -86,14 +85,8 @@ def score_(logits:Tensor,      # What the head says, [rows, vocab]; becomes the 
            grad:bool=True      # False leaves the logits as they are
           ):
     "`score_formula` into memory that is there."
-    if not use_kernels(logits): # some rows at a time: the formula takes several copies of them
-        for i in range(0, len(logits), n := max(1, 2**17//logits.shape[1])):
-            at = slice(i, i + n)
-            a,b,c = score_formula(logits[at], targets[at], None if counts is None else counts[at],
-                                  scale, softcap)
-            losses[at],hits[at] = a,b
-            if grad: logits[at] = c
-        return logits
+    if not use_kernels(logits):
+        return _by_formula(logits, targets, losses, hits, counts, scale, softcap, grad)
     rows,vocab = logits.shape
     block = min(triton.next_power_of_2(vocab), 8192)
     with on(logits):
@@ -101,6 +94,16 @@ def score_(logits:Tensor,      # What the head says, [rows, vocab]; becomes the 
                              row_stride(logits), vocab, scale, softcap or 0.,
                              COUNTS=counts is not None, CAP=bool(softcap), GRAD=grad, BLOCK=block,
                              num_warps=max(1, min(16, block//512)))
+    return logits
+
+# %% ../../nbs/53_kernels.loss.ipynb #bd6da075
+def _by_formula(logits, targets, losses, hits, counts, scale, softcap, grad):
+    for i in range(0, len(logits), n := max(1, 2**17//logits.shape[1])):
+        at = slice(i, i + n)
+        a,b,c = score_formula(logits[at], targets[at], None if counts is None else counts[at],
+                              scale, softcap)
+        losses[at],hits[at] = a,b
+        if grad: logits[at] = c
     return logits
 
 # %% ../../nbs/53_kernels.loss.ipynb #6cd4a4ee
@@ -253,6 +256,7 @@ class _LinearLogProbs(torch.autograd.Function):
             dh = run_pieces(ctx.how(weight, bias), h, targets, -factors, True, dw, db)[2]
         return dh, dw, db, None, None, None
 
+# %% ../../nbs/53_kernels.loss.ipynb #00bf42ec
 def linear_log_probs(hidden:Tensor,    # What the head reads, [rows, dim]
                      weight:Tensor,    # Of the head, [vocab, dim], frozen or not
                      targets:Tensor,   # Tokens whose probability is asked, int64, [rows]
@@ -280,6 +284,7 @@ class PlainHead(NamedTuple):
     scale:float    # Factor of the logits
     softcap:float  # Cap, or None
 
+# %% ../../nbs/53_kernels.loss.ipynb #b533db43
 def _unwrapped(model): return model.module if isinstance(model, DistributedDataParallel) else model
 
 def _untouched(module):
