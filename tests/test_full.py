@@ -251,3 +251,18 @@ def test_adds_up_needs_a_backward_pass():
     w.grad = torch.ones(2)
     out = torch.nn.functional.linear(w, torch.ones(1, 2))
     assert not adds_up(out.grad_fn, [w])
+
+
+def test_benchmark_in_small(monkeypatch, capsys):
+    from importlib.util import module_from_spec, spec_from_file_location
+    from pathlib import Path
+    file = Path(__file__).parents[1]/"tools/bench_full.py"
+    spec = spec_from_file_location("bench_full", file)
+    tool = module_from_spec(spec)
+    spec.loader.exec_module(tool)
+    for more in (["--tiny", "--steps", "1", "--warmup", "0"], ["--parity", "3"]):
+        rows = "late:16:none,early:8:most+host/1"
+        monkeypatch.setattr("sys.argv", ["bench_full.py", "--rows", rows, *more])
+        assert tool.main() == 0
+        said = capsys.readouterr().out
+        assert said.count("late:16:none") == said.count("early:8:most+host/1") == 1, said
