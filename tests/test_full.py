@@ -1,5 +1,6 @@
 "All weights trained: gradients where they belong, updates inside backward, and the same losses as torch."
 import copy
+from pathlib import Path
 from contextlib import nullcontext
 
 import pytest, torch
@@ -255,7 +256,6 @@ def test_adds_up_needs_a_backward_pass():
 
 def test_benchmark_in_small(monkeypatch, capsys):
     from importlib.util import module_from_spec, spec_from_file_location
-    from pathlib import Path
     file = Path(__file__).parents[1]/"tools/bench_full.py"
     spec = spec_from_file_location("bench_full", file)
     tool = module_from_spec(spec)
@@ -266,3 +266,24 @@ def test_benchmark_in_small(monkeypatch, capsys):
         assert tool.main() == 0
         said = capsys.readouterr().out
         assert said.count("late:16:none") == said.count("early:8:most+host/1") == 1, said
+
+
+def test_checkpoint_in_four_bits(tmp_path):
+    "What tools/make_checkpoint.py writes for the largest shapes, in small."
+    import sys
+    from ftkit.models.load import load_model
+    from ftkit.quant.linear import QLinear
+    sys.path.insert(0, str(Path(__file__).parents[1]/"tools"))
+    from make_checkpoint import make
+    folder = make(tmp_path/"m", "tiny-nf4", limit=2**16)
+    model = load_model(folder, dtype="bf16", device="cpu")
+    layers = model.model.layers
+    assert isinstance(layers[0].mlp.up_proj, QLinear)
+    for (n, a), b in zip(layers[0].named_buffers(), layers[1].buffers()): assert torch.equal(a, b), n
+    found = model(IDS).logits
+    assert found.isfinite().all() and found.std() > 0.01
+    made = make(tmp_path/"n", "tiny")
+    plain = load_model(made, dtype="bf16", device="cpu")
+    w = plain.model.layers[0].mlp.up_proj.weight.float()
+    near = (layers[0].mlp.up_proj.weight.float() - w).norm()/w.norm()
+    assert 0 < near < 0.15

@@ -44,7 +44,7 @@ ROWS = {
     "packed": row("qlora", "1", peers=("hf", "unsloth", "ftkit"), packed=True),
     "qwen7b": row("lora", "0", "qwen2.5-7b"),
     "small": row("lora", "0", "qwen2.5-0.5b", batch=1),
-    "big": row("qlora", "1", "llama3-70b", peers=("unsloth", "ftkit"), batch=1)}
+    "big": row("qlora", "1", "llama3-70b-nf4", ("unsloth", "ftkit"), batch=1)}
 TINY = {"lora": row("lora", "0", "tiny", ("hf", "ftkit"), batch=2, seq=32),
         "packed": row("lora", "0", "tiny", ("hf", "ftkit"), batch=2, seq=64, packed=True)}
 

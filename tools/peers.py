@@ -69,8 +69,10 @@ def say(a, **values):
 
 
 def vocabulary(a):
-    config = json.loads((Path(a.ckpt)/"config.json").read_text())
-    return config["vocab_size"]
+    return config(a)["vocab_size"]
+
+
+def config(a): return json.loads((Path(a.ckpt)/"config.json").read_text())
 
 
 # ------------------------------------------------------------ the peers, in a plain loop
@@ -227,7 +229,7 @@ def run_ftkit(a):
     from ftkit.training.loop import Trainer
     from ftkit.training.plan import Plan, TrainConfig
     cuda = a.device.startswith("cuda")
-    bits = 4 if a.mode == "qlora" else None
+    bits = 4 if a.mode == "qlora" and "quantization_config" not in config(a) else None
     model = ft.load_model(a.ckpt, dtype="bf16", device=a.device, bits=bits)
     if a.mode == "full": model.requires_grad_(True)
     else: ft.add_lora(model, ft.LoraConfig(r=a.r, alpha=a.r))
