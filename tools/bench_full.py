@@ -4,14 +4,14 @@ and what is kept of the activations.
     python tools/bench_full.py                                  every row
     python tools/bench_full.py --rows late:16:none,early:8:some
     python tools/bench_full.py --tiny                           a smoke test, on a CPU as well
-    python tools/bench_full.py --parity 20                      losses beside float32 and torch, tiny
+    python tools/bench_full.py --parity 20                      losses beside torch's, tiny
 
 A row is WHEN:BITS:SAVING. WHEN is `late` (all gradients, clipping, one step) or `early` (each
 gradient is applied and freed inside backward); BITS are those of each of AdamW's averages; SAVING
 is a level of `Saving`, with `+host` for inputs that wait on the host, and with /N in the last N
 layers only: the others keep everything. Weights are random and made on the GPU in bfloat16; there
 is no checkpoint. It prints milliseconds of a step (median), tokens/s, the peak that torch has
-allocated, and what of it were the weights.
+allocated.
 """
 import argparse, gc, json, os, sys, time
 from contextlib import nullcontext
@@ -111,8 +111,8 @@ def run(model, row, a):
         slow_down(model)
         model.zero_grad()
     ms, peak = 1e3*median(seconds), torch.cuda.max_memory_allocated()/GIB if cuda else 0.
-    return dict(row=row, ms=round(ms, 1), tok_s=round(a.batch*a.seq/ms*1e3), peak_gib=round(peak, 2),
-                loss=round(losses[-1], 4))
+    return dict(row=row, ms=round(ms, 1), tok_s=round(a.batch*a.seq/ms*1e3),
+                peak_gib=round(peak, 2), loss=round(losses[-1], 4))
 
 
 def parity(a, device):
@@ -169,7 +169,8 @@ def main():
         if device == "cuda": torch.cuda.empty_cache()
         if a.json:
             with open(a.json, "a") as f: f.write(json.dumps(found) + "\n")
-        said = found.get("error") or "{ms:8.1f} ms {tok_s:8,} tok/s {peak_gib:7.2f} GiB".format(**found)
+        good = "{ms:8.1f} ms {tok_s:8,} tok/s {peak_gib:7.2f} GiB"
+        said = found.get("error") or good.format(**found)
         print(f"{row:16} {said}", flush=True)
     return 0
 
