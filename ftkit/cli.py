@@ -191,7 +191,8 @@ def _memory(args):
                                learned=args.learned)
     _print(ledger)
     if not (plan := ft.plan_ahead(ledger)): return not ledger.fits
-    print(f"On the fast path: {plan!r}{'' if plan.fits else ', which does not fit'}")
+    verdict = "" if ledger.gpu is None else ": fits" if plan.fits else ": does not fit"
+    print(f"On the fast path: {plan!r}{verdict}")
     return not plan.fits
 
 VERBS["memory"] = Verb("Say what a training run will take of a GPU's memory.",

@@ -20,7 +20,7 @@ from .experts import activation_name, slow_down_experts, speed_up_experts
 from .decoder import AttentionHalf, Call, Layer, MlpHalf, Norm
 from .kept import Away, Saving, Watch, savings
 from .kernels.eight import EightProjection
-from .kernels.edges import Edges
+from .kernels.edges import SCRATCH, Edges
 from .kernels.lora import Projection
 from .kernels.norm import rms_norm
 from .latent import latent_attention, why_not_latent
@@ -378,7 +378,7 @@ def speed_up(model:nn.Module, # A transformers model; its layers are trained by 
 def slow_down(model:nn.Module)->None:
     "Train the model the ordinary way again."
     if (inner := find_decoder(model)) is None or "_fast" not in inner.__dict__: return
-    inner.__dict__["_fast"].let_go()
+    inner.__dict__["_fast"].let_go(); SCRATCH.forget()
     slow_down_experts(inner)
     for m in (inner, inner.norm, *inner.layers):
         if m.__dict__.pop("_fast", None) is not None: m.__dict__.pop("forward", None)

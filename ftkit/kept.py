@@ -8,6 +8,7 @@ __all__ = ['LEVELS', 'Saving', 'savings', 'Watch', 'Away', 'Ticket', 'rows_of', 
 # %% ../nbs/07_kept.ipynb #ea19315b
 import weakref
 from dataclasses import dataclass
+from operator import is_
 import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
@@ -23,8 +24,8 @@ LEVELS = dict(none={"qkv", "attended", "middle", "gate_up"},
 class Saving:
     "How a layer saves memory."
     level:str="none" # How much is computed again: none, some, much or most
-    host:bool=False  # Keep the layer's input in the memory of the host
-    piece:int=0      # Tokens of the MLP computed at a time, if it is computed again; 0: all
+    host:bool=False  # What is kept waits in the memory of the host, but for gate and up
+    piece:int=2048   # Tokens of the MLP at a time, at most, if it is computed again; 0: all
 
     def __post_init__(self):
         if self.level not in LEVELS: raise unknown_name("level of saving", self.level, LEVELS)
@@ -32,6 +33,12 @@ class Saving:
 
     @property
     def keeps(self)->set: return LEVELS[self.level]
+
+    def slices(self, tokens:int)->list:
+        "Pieces of so many tokens, about equally large; one if nothing is computed again."
+        piece = 0 if "gate_up" in self.keeps else self.piece
+        size = -(-tokens//-(-tokens//piece)) if piece and tokens else max(tokens, 1)
+        return [slice(i, min(i + size, tokens)) for i in range(0, tokens, size)]
 
 # %% ../nbs/07_kept.ipynb #f5f9b981
 def savings(given,     # None, a name, a `Saving`, or a list of those
@@ -49,21 +56,23 @@ class Watch:
     def __init__(self, modules):
         modules = list(modules)
         each = [m for top in modules for m in top.modules()]
-        self.entries = [(d, k, v) for m in each for d in (m._modules, m._parameters)
-                        for k,v in d.items()]
-        self.entries += [(m._buffers, "merged_weight", m._buffers["merged_weight"])
-                         for m in each if "merged_weight" in m._buffers]
-        self.flags = [(p, p.requires_grad, p.data_ptr()) for m in each
-                      for p in m._parameters.values() if p is not None]
+        self.places = [(d, k) for m in each for d in (m._modules, m._parameters) for k in d]
+        self.places += [(m._buffers, k) for m in each for k in m._buffers if k == "merged_weight"]
+        self.entries = [d[k] for d,k in self.places]
+        self.params = [p for m in each for p in m._parameters.values() if p is not None]
+        self.facts = self._facts()
         self.hooks = [h for m in each if isinstance(m, nn.Linear) or not m._modules
                       for h in (m._forward_hooks, m._forward_pre_hooks)]
         self.hooked = any(self.hooks)
         self.loras = [m for m in each if "start_A" in m._buffers]
 
+    def _facts(self):
+        return [p.requires_grad for p in self.params], [p.data_ptr() for p in self.params]
+
     def same(self)->bool:
         "Whether all is as it was."
-        return (all(d.get(k) is v for d,k,v in self.entries) and any(self.hooks) == self.hooked
-                and all(p.requires_grad is f and p.data_ptr() == at for p,f,at in self.flags))
+        return (all(map(is_, [d.get(k) for d,k in self.places], self.entries))
+                and any(self.hooks) == self.hooked and self._facts() == self.facts)
 
     def odd(self)->str:
         "What speaks against the fast way for now: LoRA layers that are switched off in part."
@@ -74,9 +83,9 @@ class Watch:
 # %% ../nbs/07_kept.ipynb #6facadee
 class Away:
     "Tensors that wait in the host's memory until the backward pass."
-    def __init__(self, device, in_flight:int=2):
+    def __init__(self, device, in_flight:int=1):
         self.device,self.in_flight = torch.device(device),in_flight
-        self.free,self.leaving = {},[]     # pinned memory; what is on its way out
+        self.free,self.leaving = {},[]     # pinned memory; tickets of what is on its way out
         self.last = lambda: None           # the newest ticket, or None if nobody holds it
         self.stream = torch.cuda.Stream(device) if self.device.type == "cuda" else None
 
@@ -88,57 +97,69 @@ class Away:
 
 @dataclass(eq=False)
 class Ticket:
-    "What brings a tensor back."
+    "What brings tensors back."
     home:object         # The `Away`
-    host:Tensor         # Its content
-    before:object=None  # The ticket of the tensor that was put away before, weakly held
-    back:Tensor=None    # The tensor, once it is on its way back
-    done:object=None    # The event after which it is there
+    host:list           # Their contents; None where there was none
+    before:object=None  # The ticket of what was put away before, weakly held
+    here:list=None      # The tensors, while or once they are on the device
+    done:object=None    # The event after which the copy is whole
 
 # %% ../nbs/07_kept.ipynb #a0ec6aa1
 @patch
-def put(self:Away, t:Tensor)->Ticket:
-    "Send a tensor to the host."
-    ticket = Ticket(self, self._room(t), self.last)
+def put(self:Away,
+        *tensors # Some may be None
+       )->Ticket:
+    "Send tensors to the host."
+    ticket = Ticket(self, [t if t is None else self._room(t) for t in tensors], self.last)
     self.last = weakref.ref(ticket)
-    if self.stream is None: ticket.host.copy_(t); return ticket
-    now = torch.cuda.current_stream(self.device)
-    self.stream.wait_stream(now)
+    pairs = [(h, t) for h,t in zip(ticket.host, tensors) if t is not None]
+    if self.stream is None:
+        for h,t in pairs: h.copy_(t)
+        return ticket
+    self.stream.wait_stream(torch.cuda.current_stream(self.device))
     with torch.cuda.stream(self.stream):
-        ticket.host.copy_(t, non_blocking=True)
-        self.leaving.append((t, self.stream.record_event()))
+        for h,t in pairs: h.copy_(t, non_blocking=True)
+        ticket.here,ticket.done = list(tensors),self.stream.record_event()
+    self.leaving.append(ticket)
     self.let_go(self.in_flight)
     return ticket
 
 @patch
 def let_go(self:Away, keep:int=0):
-    "Hold no more than so many tensors that are on their way out; computing waits for the others."
+    "Hold no more than so many layers that are on their way out; computing waits for the others."
     while len(self.leaving) > keep:
-        t,gone = self.leaving.pop(0)
-        torch.cuda.current_stream(self.device).wait_event(gone)
+        ticket = self.leaving.pop(0)
+        torch.cuda.current_stream(self.device).wait_event(ticket.done)
+        ticket.here = ticket.done = None
 
 # %% ../nbs/07_kept.ipynb #a8581ae0
 @patch
 def start(self:Ticket):
-    "Begin to fetch the tensor."
+    "Begin to fetch the tensors."
     home = self.home
-    if self.back is not None or self.host is None: return
-    self.back = torch.empty(self.host.shape, dtype=self.host.dtype, device=home.device)
-    if home.stream is None: self.back.copy_(self.host); return
-    home.let_go()
-    home.stream.wait_stream(torch.cuda.current_stream(home.device)) # its memory may be in use yet
+    if self.here is not None or self.host is None: return
+    self.here = [h if h is None else torch.empty(h.shape, dtype=h.dtype, device=home.device)
+                 for h in self.host]
+    pairs = [(t, h) for t,h in zip(self.here, self.host) if h is not None]
+    if home.stream is None:
+        for t,h in pairs: t.copy_(h)
+        return
+    home.stream.wait_stream(torch.cuda.current_stream(home.device)) # their memory may be in use yet
     with torch.cuda.stream(home.stream):
-        self.back.copy_(self.host, non_blocking=True)
+        for t,h in pairs: t.copy_(h, non_blocking=True)
         self.done = home.stream.record_event()
 
 @patch
-def fetch(self:Ticket)->Tensor:
-    "The tensor, on its own device again; this can be asked for once."
+def fetch(self:Ticket)->list:
+    "The tensors, on their own device again; this can be asked for once."
+    home = self.home
+    if self in home.leaving: home.leaving.remove(self) # a copy that reads them harms nobody
     self.start()
+    if self.done is not None: torch.cuda.current_stream(home.device).wait_event(self.done)
     if (before := self.before()) is not None: before.start()
-    if self.done is not None: torch.cuda.current_stream(self.home.device).wait_event(self.done)
-    self.home.free.setdefault((self.host.shape, self.host.dtype), []).append(self.host)
-    out,self.back,self.host = self.back,None,None
+    for h in self.host:
+        if h is not None: home.free.setdefault((h.shape, h.dtype), []).append(h)
+    out,self.here,self.host = self.here,None,None
     return out
 
 # %% ../nbs/07_kept.ipynb #ab763506

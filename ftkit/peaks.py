@@ -7,7 +7,7 @@ __all__ = ['PARTS', 'COLOURS', 'Tally', 'LayerShape', 'layer_shape', 'kept_bytes
            'forward_work', 'StepShape', 'loss_bytes', 'step_line', 'Peak', 'resident_bytes', 'unpacked_bytes',
            'optimizer_bytes', 'step_shape', 'held_bytes', 'kept_now', 'peak_svg']
 
-# %% ../nbs/78_peaks.ipynb #cf6f7be3
+# %% ../nbs/78_peaks.ipynb #5306659c
 import weakref
 from dataclasses import dataclass
 import torch
@@ -21,7 +21,7 @@ from .kernels import loss as loss_of
 from .kernels.loss import piece_rows, plain_head
 from .memory import CUDA, IDLE, state_bytes
 
-# %% ../nbs/78_peaks.ipynb #1cb05d0e
+# %% ../nbs/78_peaks.ipynb #8fd4454a
 class Tally(TorchDispatchMode):
     "Counts the bytes of tensors made while it is active: now, and at the highest point."
     def __init__(self):
@@ -49,7 +49,7 @@ class Tally(TorchDispatchMode):
         self.known.discard(key)
         self.now -= n
 
-# %% ../nbs/78_peaks.ipynb #029b141a
+# %% ../nbs/78_peaks.ipynb #0fcb614b
 @dataclass(frozen=True)
 class LayerShape:
     "What decides the memory of a layer: numbers for each token, and bytes."
@@ -67,8 +67,9 @@ class LayerShape:
     module:int=0      # Bytes for each token that an MLP of another kind keeps
     after:tuple=(False,)*2 # Whether a norm stands behind attention, and behind the MLP
     qk:bool=False     # Whether the heads of queries and keys are normed
+    eight:bool=False  # Whether products take codes of eight bits, made for each
 
-# %% ../nbs/78_peaks.ipynb #983335b5
+# %% ../nbs/78_peaks.ipynb #f5679f76
 def layer_shape(layer,         # `decoder.Layer`
                 module:int=0   # Bytes for each token that an MLP of another kind keeps
                )->LayerShape:
@@ -83,9 +84,10 @@ def layer_shape(layer,         # `decoder.Layer`
     return LayerShape(a.qkv.K, a.qkv.N, a.o.K, a.heads, m.down.K if m else 0,
                       m.gate_up.N if m else 0, ranks, (*copies, False)[:2],
                       bytes_of(trained), made, biggest, module,
-                      (bool(a.after), bool(m and m.after)), bool(a.qk))
+                      (bool(a.after), bool(m and m.after)), bool(a.qk),
+                      getattr(a.qkv, "takes_codes", False))
 
-# %% ../nbs/78_peaks.ipynb #252c8e77
+# %% ../nbs/78_peaks.ipynb #4471660b
 def kept_bytes(s:LayerShape,
                saving:Saving, # What the layer keeps
                tokens:int,
@@ -107,16 +109,17 @@ def kept_bytes(s:LayerShape,
     if not s.wide: out["module"] = tokens*(s.module if saving.level == "none" else size*s.hidden)
     return out
 
-# %% ../nbs/78_peaks.ipynb #62c282ca
+# %% ../nbs/78_peaks.ipynb #39785e7a
 def mlp_work(s:LayerShape, saving:Saving, tokens:int, size:int=2)->int: # Bytes
     "What the backward pass of a layer's MLP takes, with its own gradients, beside what was kept."
     both,again = 2*s.hidden*tokens*size,again_bytes(s, saving, tokens, size)
     if not s.wide: return both + again + tokens*(s.module + size*s.hidden)
     _,_,up,down = s.ranks
     piece = tokens if "gate_up" in saving.keeps else min(saving.piece or tokens, tokens)
-    here = s.hidden + up + (0 if "gate_up" in saving.keeps else s.gate_up + 2*up)
+    here = 0 if "gate_up" in saving.keeps else s.gate_up + 2*up
     first = s.wide + (s.hidden + down if s.copies[1] else down) + s.hidden*s.after[1]
-    high = max(piece*size*first + s.made[3], piece*size*s.hidden + sum(s.made[2:]))
+    high = max(piece*(size*first + s.eight*s.hidden) + s.made[3],
+               piece*(size*2*s.hidden + s.eight*s.gate_up) + sum(s.made[2:]))
     return both + again + piece*(size*here + 4) + high + s.largest
 
 def again_bytes(s, saving, tokens, size):
@@ -126,7 +129,7 @@ def again_bytes(s, saving, tokens, size):
     if "attended" not in saving.keeps: out += size*s.attended + 4*s.heads
     return tokens*out
 
-# %% ../nbs/78_peaks.ipynb #116bdc94
+# %% ../nbs/78_peaks.ipynb #7f26ce6b
 def attention_work(s:LayerShape, saving:Saving, tokens:int, size:int=2)->int: # Bytes
     "The same for attention; the MLP's part of what was kept is gone by then."
     qkv,o,_,_ = s.ranks
@@ -138,7 +141,8 @@ def attention_work(s:LayerShape, saving:Saving, tokens:int, size:int=2)->int: # 
     copied = (s.hidden + o if s.copies[0] else o) + s.hidden*s.after[0]
     first = copied + s.attended + gradients + s.qkv*(1 + s.qk) # back ends give own tensors
     second = gradients + 2*s.hidden - (0 if "attended" in saving.keeps else s.attended)
-    high = max(tokens*size*first + s.made[1], tokens*size*second + s.made[1] + s.made[0])
+    high = max(tokens*(size*first + s.eight*s.hidden) + s.made[1],
+               tokens*(size*second + s.eight*s.qkv) + s.made[1] + s.made[0])
     return tokens*(size*there + lse + 4*s.heads) + high + s.largest
 
 def forward_work(s:LayerShape, tokens:int, size:int=2, piece:int=0)->int: # Bytes
@@ -147,9 +151,9 @@ def forward_work(s:LayerShape, tokens:int, size:int=2, piece:int=0)->int: # Byte
     if not s.wide: return all + tokens*size*s.hidden
     part = piece or tokens
     return all - (tokens - part)*size*s.gate_up + size*(
-        tokens*s.hidden + part*(s.hidden + s.wide + s.ranks[2] + s.ranks[3]))
+        tokens*s.hidden + part*max(s.hidden + s.ranks[2], s.wide + s.ranks[3]))
 
-# %% ../nbs/78_peaks.ipynb #da60dcd9
+# %% ../nbs/78_peaks.ipynb #620ac2b6
 @dataclass(frozen=True)
 class StepShape:
     "What decides the memory of a step."
@@ -174,7 +178,7 @@ class StepShape:
     @property
     def gradients(self)->int: return sum(s.gradients for s in self.layers) + self.head + self.table
 
-# %% ../nbs/78_peaks.ipynb #2cbe81a7
+# %% ../nbs/78_peaks.ipynb #40e71387
 def loss_bytes(s:StepShape)->int:
     "What is there between the last layer and its backward pass, besides what the layers keep."
     n = s.tokens if s.learned is None else s.learned
@@ -186,7 +190,7 @@ def loss_bytes(s:StepShape)->int:
     in_loss = 2*some + logits + s.head_copy + 16*n
     return stream + max(stream + some, in_loss, 2*stream) + 8*s.tokens
 
-# %% ../nbs/78_peaks.ipynb #1150c235
+# %% ../nbs/78_peaks.ipynb #a31e4cee
 PARTS = "weights", "optimizer", "gradients", "unpacked", "kept", "at work", "loss"
 
 def step_line(s:StepShape,
@@ -227,7 +231,7 @@ def _backward(s, plan, kept, now):
         grads += l.gradients
     return out
 
-# %% ../nbs/78_peaks.ipynb #cc1d5e19
+# %% ../nbs/78_peaks.ipynb #4eca5f35
 @dataclass(repr=False)
 class Peak:
     "The memory of a step with a plan."
@@ -255,7 +259,7 @@ class Peak:
         parts = ", ".join(f"{k} {v/unit:.2f}" for k,v in self.parts.items() if v >= 0.005*unit)
         return f"Peak({self.bytes/unit:.2f} {name} at {self.moment!r}: {parts})"
 
-# %% ../nbs/78_peaks.ipynb #7e6fffb4
+# %% ../nbs/78_peaks.ipynb #9f36e3fa
 def resident_bytes(model:nn.Module)->int:
     "Bytes of weights and buffers where the model is; what lies on the host is not counted."
     tensors = [*model.parameters(), *model.buffers()]
@@ -270,16 +274,19 @@ def unpacked_bytes(projections, # All of the model
                    cut:int=0    # Rows unpacked at a time; 0: all
                   )->int:
     "Memory in which matrices are unpacked; projections of a shape share it."
-    keys = {}
+    keys,codes = {},{}
     for p in projections:
+        if getattr(p, "takes_codes", False):
+            codes[p.layout, p.K] = dict(both=0, one=1, none=2)[p.keep]*p.N*p.K
+            continue
         plain = all(type(m.base) is nn.Linear and m.base.weight.dtype == dtype for m in p.parts)
         if plain or p.matrix is not None: continue
         if not cut or cut >= p.N: keys[p.layout, p.K] = (p.N + p.R)*(p.K + p.R)
         else: keys |= {(min(cut, m.base.out_features), p.K): min(cut, m.base.out_features)*p.K
                        for m in p.parts}
-    return dtype.itemsize*sum(keys.values())
+    return dtype.itemsize*sum(keys.values()) + sum(codes.values())
 
-# %% ../nbs/78_peaks.ipynb #17194a0a
+# %% ../nbs/78_peaks.ipynb #7bda76ef
 def optimizer_bytes(parameters, # Those that are trained
                     optimizer   # A torch optimizer, or a name as in `OptimConfig`
                    )->int:
@@ -293,7 +300,7 @@ def optimizer_bytes(parameters, # Those that are trained
         optimizer = "adafactor" if type(optimizer).__name__ == "Adafactor" else "adamw"
     return sum(state_bytes(tuple(p.shape), p.itemsize, optimizer) for p in parameters)
 
-# %% ../nbs/78_peaks.ipynb #db409f45
+# %% ../nbs/78_peaks.ipynb #61a26f16
 def step_shape(model,            # One that `speed_up` has taken
                tokens:int,       # In a forward pass
                dtype=None,       # What is computed in; None: the type of the embedding
@@ -321,11 +328,14 @@ def step_shape(model,            # One that `speed_up` has taken
                      rotary=fast.parts[0].attention.head_dim, **_ends(model, dtype))
 
 def held_bytes(fast, dtype)->int:
-    "What the matrices that take weights in will add in the first step: their room for LoRA."
-    if not getattr(fast, "hold", False) or getattr(fast, "held", None): return 0
-    found = [p for part in fast.parts for p in part.projections if p.matrix is None and p.R and
+    "What is held beside the weights: room for LoRA in their matrices, codes of eight bits."
+    every = [p for part in fast.parts for p in part.projections]
+    eight = [p for p in every if getattr(p, "takes_codes", False)]
+    codes = sum(dict(both=2, one=1, none=0)[p.keep]*p.N*p.K + 4*p.N for p in eight)
+    if not getattr(fast, "hold", False) or getattr(fast, "held", None): return codes
+    found = [p for p in every if p not in eight and p.matrix is None and p.R and
              all(type(m.base) is nn.Linear and m.base.weight.dtype == dtype for m in p.parts)]
-    return dtype.itemsize*sum(p.R*(p.N + p.K + p.R) for p in found)
+    return codes + dtype.itemsize*sum(p.R*(p.N + p.K + p.R) for p in found)
 
 def _ends(model, dtype):
     "What the embedding and the head add."
@@ -340,7 +350,7 @@ def _factors(projections, dtype):
     return dtype.itemsize*max((p.R*(p.K + p.N) for p in projections
                                if p.R and p.matrix is None), default=0)
 
-# %% ../nbs/78_peaks.ipynb #a8293deb
+# %% ../nbs/78_peaks.ipynb #9a52875d
 def kept_now(model,        # One that `speed_up` has taken
              ids:Tensor    # A batch, [rows, tokens]
             )->int:        # Bytes
@@ -350,7 +360,7 @@ def kept_now(model,        # One that `speed_up` has taken
         left = tally.now - out.untyped_storage().nbytes()
     return left
 
-# %% ../nbs/78_peaks.ipynb #c8bb2690
+# %% ../nbs/78_peaks.ipynb #3be12abb
 COLOURS = dict(zip(PARTS, ("#4c78a8", "#72b7b2", "#e45756", "#9d755d", "#f2cf5b", "#f58518",
                            "#b279a2")))
 

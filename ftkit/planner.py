@@ -6,7 +6,7 @@
 __all__ = ['LATER', 'Rung', 'ladder', 'MemoryPlan', 'plan_memory', 'plan_ahead', 'free_memory', 'cap_memory', 'apply_plan',
            'put_on_host', 'back_on_device', 'again', 'sweep', 'FitMemory', 'most_tokens']
 
-# %% ../nbs/79_planner.ipynb #239fea9a
+# %% ../nbs/79_planner.ipynb #f4a8089c
 import gc
 from bisect import bisect_left
 from contextlib import ExitStack
@@ -26,7 +26,7 @@ from .training.loop import _recompute as recompute, row_length
 from .training.plan import memory_bytes
 from .training.run import Callback
 
-# %% ../nbs/79_planner.ipynb #3ac6033c
+# %% ../nbs/79_planner.ipynb #fd443a17
 @dataclass(frozen=True)
 class Rung:
     "One way to trade time for memory."
@@ -60,7 +60,7 @@ def _last_rungs(rung, tokens, host):
                            room=loss_of.ROOM//16))
     return out
 
-# %% ../nbs/79_planner.ipynb #f5c897b9
+# %% ../nbs/79_planner.ipynb #b7b94e31
 @dataclass(repr=False, eq=False)
 class MemoryPlan:
     "Where on the ladder a run stands."
@@ -87,7 +87,7 @@ class MemoryPlan:
         "The peak of a rung, with what the allocator can't use."
         return self.peak_at(i).bytes + self.peak_at(i).idle
 
-# %% ../nbs/79_planner.ipynb #db06656a
+# %% ../nbs/79_planner.ipynb #f53efc78
 @patch
 def settle(self:MemoryPlan)->MemoryPlan:
     "Go to the first rung that fits; to the last if none does."
@@ -106,7 +106,7 @@ def lower(self:MemoryPlan)->bool: # False at the end of the ladder
     if below: self.at = below[0]
     return bool(below)
 
-# %% ../nbs/79_planner.ipynb #c0cae09b
+# %% ../nbs/79_planner.ipynb #2b571fff
 @patch
 def __repr__(self:MemoryPlan)->str:
     "The plan in a line."
@@ -122,7 +122,7 @@ def __repr__(self:MemoryPlan)->str:
 _WHAT = dict(none="keeps everything", some="computes gate and up again",
              much="keeps what attention gives", most="keeps inputs only")
 
-# %% ../nbs/79_planner.ipynb #2dd16ece
+# %% ../nbs/79_planner.ipynb #4b64dea3
 def plan_memory(model:nn.Module, # Sped up
                 tokens:int,      # In a forward pass
                 budget:int=None, # Bytes that torch may take; None: all it likes
@@ -154,7 +154,7 @@ def _may_move(model):
     tied = head is not None and head.weight is table.weight
     return isinstance(table, nn.Embedding) and not table.weight.requires_grad and not tied
 
-# %% ../nbs/79_planner.ipynb #1487e334
+# %% ../nbs/79_planner.ipynb #88317ba5
 def plan_ahead(ledger:Ledger     # From `predict_memory`
               )->MemoryPlan:     # None where the layers aren't trained by hand
     "The plan of a run on a GPU, before anything is loaded."
@@ -166,7 +166,7 @@ def plan_ahead(ledger:Ledger     # From `predict_memory`
                        optimizer=s.optimizer, learned=round(s.learned*s.tokens),
                        accumulate=s.accumulate)
 
-# %% ../nbs/79_planner.ipynb #186500e1
+# %% ../nbs/79_planner.ipynb #fd89f3e4
 LATER = 250e6 # Bytes of kernels and work space that CUDA loads during the first step, about
 
 def free_memory(device,        # Of the model
@@ -191,7 +191,7 @@ def cap_memory(limit,        # "8GB", "7.45GiB"
     torch.cuda.set_per_process_memory_fraction(min(1., (n - CUDA)/total), device)
     return n
 
-# %% ../nbs/79_planner.ipynb #d9e77695
+# %% ../nbs/79_planner.ipynb #6c9ed794
 def apply_plan(model,          # Sped up
                plan:MemoryPlan # Or None, for the model as it was
               )->None:
@@ -209,7 +209,7 @@ def apply_plan(model,          # Sped up
 
 _ROOM = loss_of.ROOM
 
-# %% ../nbs/79_planner.ipynb #3fccfb41
+# %% ../nbs/79_planner.ipynb #a8740a4c
 def put_on_host(model)->None:
     "Move the embedding to the host; the module it was is kept for later."
     old = model.get_input_embeddings()
@@ -226,7 +226,7 @@ def back_on_device(model)->None:
     old.weight.data = now.weight.to(device)
     model.set_input_embeddings(old)
 
-# %% ../nbs/79_planner.ipynb #47b2ee8e
+# %% ../nbs/79_planner.ipynb #45b3fbfb
 def again(trainer,
           take,     # The trainer's `take_step`
           make_room, # Function: is memory won?
@@ -263,7 +263,7 @@ def sweep()->None:
     gc.collect()
     if torch.cuda.is_available(): torch.cuda.empty_cache()
 
-# %% ../nbs/79_planner.ipynb #48b7e592
+# %% ../nbs/79_planner.ipynb #2c35974a
 class FitMemory(Callback):
     "Plan a run's memory before its first step, and make room where it runs out."
     order,plan,limit,undo = 5,None,None,None # lower than all that may allocate
@@ -300,7 +300,7 @@ class FitMemory(Callback):
     def on_stop(self, trainer):
         if self.undo: self.undo.close()
 
-# %% ../nbs/79_planner.ipynb #946aab03
+# %% ../nbs/79_planner.ipynb #5e5641d7
 @patch
 def make_room(self:FitMemory, trainer)->bool:
     "Go down where it is possible."
@@ -329,7 +329,7 @@ def before_step(self:FitMemory, trainer):
         apply_plan(trainer.model, self.plan)
         self.parts = _fast(trainer.model).parts
 
-# %% ../nbs/79_planner.ipynb #c88d55b8
+# %% ../nbs/79_planner.ipynb #2d665ec5
 def _fast(model):
     "What makes a model fast, if its layers are."
     inner = find_decoder(model)

@@ -15,7 +15,7 @@ from ftkit.core import FtkitError
 from ftkit.kernels.attention import (Rows, bounds, kernel_backward, kernel_forward,
                                      reference_backward, reference_forward, tiles)
 from ftkit.kernels.backends import BACKENDS, STEADY, Case, case_of
-from ftkit.kernels.launch import capability, interpreted
+from ftkit.kernels.launch import capability, dot_precision, interpreted
 
 DEV = "cuda" if CUDA else "cpu"
 run_kernels = nullcontext if CUDA else interpreted
@@ -65,11 +65,16 @@ def test_kernels_in_every_layout(name, how):
     near((out, *grads), right(q, k, v, dout, rows, .3, **how), q.dtype)
 
 
-@pytest.mark.parametrize("heads,kv_heads,head_dim", [
-    (2, 2, 8), (3, 1, 80), (2, 1, 96), (2, 2, 20), (2, 1, 128), (4, 2, 64), (1, 1, 192), (2, 1, 256)])
-def test_kernels_for_every_width(heads, kv_heads, head_dim):
-    rows = packed(9, 25)
-    for dtype in (torch.float32, *HALVES):
+WIDTHS = [(2, 2, 8), (3, 1, 80), (2, 1, 96), (2, 2, 20), (2, 1, 128), (4, 2, 64), (1, 1, 192),
+          (2, 1, 256)]
+
+
+@pytest.mark.parametrize("place", range(len(WIDTHS)))
+def test_kernels_for_every_width(place):
+    rows, (heads, kv_heads, head_dim) = packed(9, 25), WIDTHS[place]
+    types = torch.float32, *HALVES
+    if CUDA: types = [types[-1 if place % 2 else 1], *types[:place == 3]] # each is compiled anew
+    for dtype in types:
         q, k, v, dout = numbers(rows, heads, kv_heads, head_dim, dtype)
         scale = head_dim**-.5
         with run_kernels():
@@ -128,6 +133,19 @@ def test_tiles_are_whole_and_shrink():
                                for m, n, _, _ in shapes)
 
 
+@pytest.mark.skipif(not hasattr(torch.backends.cuda.matmul, "fp32_precision"), reason="old PyTorch")
+@pytest.mark.parametrize("how", ["ieee", "tf32"])
+def test_the_new_switch_of_tf32(how):
+    rows, switch = packed(3, 9), torch.backends.cuda.matmul
+    q, k, v, _ = numbers(rows)
+    before, switch.fp32_precision = switch.fp32_precision, how
+    try:
+        assert dot_precision(q) == how
+        with run_kernels(): out, _ = kernel_forward(q, k, v, rows, .3)
+    finally: switch.fp32_precision = before
+    assert (out - right(q, k, v, q, rows, .3)[0]).abs().max() < (1e-5 if how == "ieee" else 1e-2)
+
+
 def test_samples_do_not_touch():
     "Another sample changes no bit of this one's output or gradients."
     rows = packed(21, 30, 13)
@@ -173,10 +191,12 @@ def test_back_ends(name):
     tried = 0
     dtypes = (torch.float32, *HALVES) if CUDA or name != "triton" else (torch.float32,)
     cases = [(2, 1, 24)]
-    if CUDA: cases += [(32, 8, 128), (4, 4, 64), (4, 1, 80), (8, 2, 96), (2, 1, 256)]
-    layouts = dict(LAYOUTS, aligned=Rows(4, 256), **{"samples": packed(200, 37, 128, 1, 300)}) \
-        if CUDA else {n: LAYOUTS[n] for n in ("odd", "packed")}
-    for rows in layouts.values():
+    layouts = [LAYOUTS[n] for n in ("odd", "packed")]
+    if CUDA:
+        cases += [(32, 8, 128), (4, 4, 64), (4, 1, 80), (8, 2, 96), (2, 1, 256)]
+        layouts += [Rows(4, 256), packed(200, 37, 128, 1, 300)]
+        if name == "triton": cases, layouts, dtypes = cases[1:2], layouts[::3], dtypes[-1:]
+    for rows in layouts:
         for heads, kv_heads, head_dim in cases:
             for dtype in dtypes:
                 for how in (dict(), dict(window=11), dict(softcap=5.)):

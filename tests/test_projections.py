@@ -8,9 +8,10 @@ if not torch.cuda.is_available(): os.environ["TRITON_INTERPRET"] = "1"
 from torch import nn
 from torch.testing import assert_close
 from ftkit.core import FtkitError
-from ftkit.kernels.edges import Edges, Moves, Scratch, dropped, product
+from ftkit.kernels.edges import Edges, Moves, Scratch, dropped, product, turned_back
 from ftkit.kernels.launch import interpreted
 from ftkit.kernels.lora import Projection, why_not
+from ftkit.kernels.rope import rotate_
 from ftkit.lora.dora import DoraLinear
 from ftkit.lora.layers import LoraLinear
 from ftkit.lora.starts import start_pissa
@@ -92,6 +93,13 @@ def test_like_the_layers(mix, bias):
     assert_close(add, want, **TIGHT)
     for a, b in zip(ours, grads): assert_close(a, b, **TIGHT)
     assert p.project_backward(dy, x, xa, need_x=False)[0] is None
+    # added to something, with a factor, elsewhere or in place
+    for given in (x, roomy):
+        start = inputs(7, p.N, 6)
+        want = start + .3*y
+        assert_close(p.project(given, add=start, alpha=.3)[0], want, **TIGHT)
+        assert p.project(given, start, add=start, alpha=.3)[0] is start
+        assert_close(start, want, **TIGHT)
 
 
 @pytest.mark.parametrize("mix", ["lora", "ranks", "some", "none"])
@@ -312,6 +320,33 @@ def test_dropout_kernel(shape, dtype):
         assert abs(m.float().mean() - 0.8) < 0.01
         assert (m.float().mean(0) - 0.8).abs().max() < 0.1
         assert all(abs((m & n).float().mean() - 0.64) < 0.01 for n in masks[:i])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("heads, kv, head, turned", [(3, 1, 16, 16), (4, 2, 12, 8), (9, 9, 4, 0)])
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_gradients_side_by_side(heads, kv, head, turned, interleaved, dtype):
+    "Like copies and the inverse rotation; rows of one gradient lie apart, and heads of another."
+    n, g = 6, torch.Generator().manual_seed(0)
+    draw = lambda *shape: torch.randn(shape, generator=g).to(dev)
+    parts = [draw(n, h, head + pad)[..., :head] for h, pad in ((heads, 0), (kv, 3), (kv, 0))]
+    parts[2] = draw(n, kv*head + 5)[:, :-5].unflatten(1, (kv, head))
+    parts = [t.to(dtype) if i < 2 else torch.empty_like(t, dtype=dtype).copy_(t)
+             for i, t in enumerate(parts)]
+    angles = draw(3, turned//2).repeat(1, 2)
+    cos, sin = (angles.cos(), angles.sin()) if turned else (None, None)
+    want = torch.cat([t.flatten(1) for t in parts], 1).double()
+    if turned: rotate_(want, cos.double(), sin.double(), heads, kv, head, interleaved, back=True)
+    out = torch.full((n, (heads + 2*kv)*head + 7), 5., dtype=dtype, device=dev)
+    with kernels(): turned_back(parts, out[:, :-7], cos, sin, interleaved)
+    close = TIGHT if dtype == torch.float32 else dict(rtol=1e-3, atol=1e-3)
+    assert_close(out[:, :-7].double(), want, **close)
+    assert (out[:, -7:] == 5).all()
+    plain = torch.empty(n, want.shape[1], dtype=dtype, device=dev)
+    if dev == "cpu": assert_close(turned_back(parts, plain, cos, sin, interleaved).double(), want, **close)
+    if turned:
+        with pytest.raises(ValueError, match="multiple"), kernels():
+            turned_back([t[:5] for t in parts], plain[:5], cos, sin)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])

@@ -35,6 +35,7 @@ IDS = torch.randint(0, 128, (2, 9), generator=torch.Generator().manual_seed(0))
 SIZES = dict(vocab_size=128, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
              num_attention_heads=4, num_key_value_heads=2)
 cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+cpu_kernels = pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU runs them itself")
 cpu_only = pytest.mark.skipif(torch.cuda.is_available(), reason="transformers quantizes on the GPU")
 
 
@@ -169,9 +170,11 @@ def test_scales_of_cuda():
 
 
 @cuda
-@pytest.mark.parametrize("kind, dtype, double", pairs(VALUES, DTYPES, (False, True)))
-def test_bitsandbytes_on_cuda(kind, dtype, double):
-    for i, (block, shape) in enumerate(pairs(BLOCKS, (*SHAPES[:-1], (512, 1024)))):
+@pytest.mark.parametrize("turn, how", enumerate(pairs(VALUES, DTYPES, (False, True))))
+def test_bitsandbytes_on_cuda(turn, how):
+    kind, dtype, double = how
+    blocks = {64, BLOCKS[turn % len(BLOCKS)]}  # each block size is compiled anew
+    for i, (block, shape) in enumerate(pairs(blocks, (*SHAPES[turn % 2:-1], (512, 1024)))):
         w = weights(shape, dtype, i, zeros=block if i % 3 else 0, device="cuda")
         codes, state = bnb.functional.quantize_4bit(w, blocksize=block, quant_type=kind,
                                                     compress_statistics=double)
@@ -264,6 +267,7 @@ print("compiled")
 """
 
 
+@cpu_kernels
 @pytest.mark.parametrize("program, interpret, says", [(KERNELS, "1", "same"),
                                                       (COMPILED, "0", "compiled")])
 def test_kernels_without_a_gpu(program, interpret, says, tmp_path):

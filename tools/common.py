@@ -1,5 +1,6 @@
 "What the tools share: which notebooks there are, running one, work in forked children."
-import faulthandler, os, pickle, shutil, signal, sys, tempfile, textwrap, time, traceback, warnings
+import faulthandler, glob, os, pickle, shutil, signal, sys, tempfile, textwrap, time, traceback
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +23,7 @@ def offline():
 
 def gpu():
     "Whether this machine shows a GPU of any make."
-    return any(map(os.path.exists, ("/dev/nvidia0", "/dev/kfd", "/dev/dxg")))
+    return any(map(glob.glob, ("/dev/nvidia[0-9]*", "/dev/kfd", "/dev/dxg")))
 
 
 def cores():

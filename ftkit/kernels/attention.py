@@ -10,7 +10,7 @@ __all__ = ['Rows', 'bounds', 'reference_forward', 'reference_backward', 'tiles',
 import math
 import torch
 from torch import Tensor
-from .launch import capability, jit, on, tl, triton
+from .launch import capability, dot_precision, jit, on, tl, triton
 
 # %% ../../nbs/55_kernels.attention.ipynb #6660bcfc
 class Rows:
@@ -261,12 +261,11 @@ _fits = {}
 def _common(q, k, rows, window, scale, softcap):
     "Arguments that all kernels share: numbers and constants."
     log2e,head = math.log2(math.e),q.shape[-1]
-    precision = "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
     numbers = (len(q), rows.seq or len(q), 1 << 30 if window is None else window,
                scale/softcap if softcap else scale*log2e, (softcap or 0.)*log2e)
     return numbers,dict(GROUP=q.shape[1]//k.shape[1], HEAD=head, DENSE=not rows.packed,
                         WIDE=max(16, triton.next_power_of_2(head)), CAP=bool(softcap),
-                        PRECISION=precision if q.dtype == torch.float32 else "tf32")
+                        PRECISION=dot_precision(q))
 
 def _launch(kind, kernel, q, heads, rows, args, constants):
     "Start a kernel with the largest tiles that fit."

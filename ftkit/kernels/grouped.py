@@ -8,7 +8,8 @@ __all__ = ['new_seed', 'drop_mask', 'grouped_matmul', 'grouped_outer', 'GroupedL
 # %% ../../nbs/09_kernels.grouped.ipynb #80dc5472
 import torch
 from torch import Tensor
-from .launch import capability, jit, on, row_stride, tl, triton, use_kernels
+from .launch import (capability, dot_precision, jit, on, row_stride, tl, triton,
+                                  use_kernels)
 
 # %% ../../nbs/09_kernels.grouped.ipynb #40a3c02c
 def _spans(offsets):
@@ -143,11 +144,6 @@ def _sizes(t, average, width):
     BM,BN = _power(average, 16, min(wide, 128)),_power(width, 16, wide)
     return dict(BM=BM, BN=BN, BK=deep, num_warps=8 if BM*BN >= 128*128 else 4, num_stages=stages)
 
-def _precision(t):
-    how = getattr(torch.backends.cuda.matmul, "fp32_precision", None) # since torch 2.9
-    if how is None: how = "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
-    return "tf32" if t.dtype == torch.float32 and how == "tf32" else "ieee"
-
 def _kernels_for(t):
     "The types of the kernels; neither old GPUs nor Triton's interpreter multiply bfloat16."
     wide = t.dtype in (torch.float32, torch.float16)
@@ -197,7 +193,7 @@ def grouped_matmul(x:Tensor,        # [M, K], or [any, K] with `rows`; rows cont
             x, w, out, start, offsets.storage_offset(), start if rows is None else rows, x2, w2,
             seed, E, N, K, R, row_stride(x), *w.stride(), row_stride(out), row_stride(x2),
             *w2.stride(), scale, p, BR=_power(R, 16, 64), EP=_power(E), ROWS=rows is not None,
-            EXTRA=extra is not None, DROP=drop is not None, PREC=_precision(x), **sizes)
+            EXTRA=extra is not None, DROP=drop is not None, PREC=dot_precision(x), **sizes)
     return out
 
 # %% ../../nbs/09_kernels.grouped.ipynb #621dfb32
@@ -258,7 +254,7 @@ def grouped_outer(a:Tensor,          # [M, P], or [any, P] with `a_rows`; rows c
         _outer_kernel[grid](
             a, b, out, offsets, *picks, seed, P, Q, row_stride(a), row_stride(b), p, BM=32, BP=BP,
             BQ=BQ, A_ROWS=a_rows is not None, B_ROWS=b_rows is not None, DROP=drop is not None,
-            PREC=_precision(a), num_warps=8 if BP*BQ >= 128*128 else 4, num_stages=3)
+            PREC=dot_precision(a), num_warps=8 if BP*BQ >= 128*128 else 4, num_stages=3)
     return out
 
 # %% ../../nbs/09_kernels.grouped.ipynb #951ea45e

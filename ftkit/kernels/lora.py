@@ -12,7 +12,7 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
 from ..core import FtkitError
-from .edges import SCRATCH, Moves, Scratch, dropped, is_view, product, unpack, weight_gradients
+from .edges import SCRATCH, Moves, Scratch, dropped, is_view, product, unpack, weight_grads
 from ..lora.layers import LoraLinear
 from ..quant.linear import QLinear
 
@@ -26,7 +26,8 @@ class Part:
     ranks:slice     # Its ranks among all
 
     @property
-    def dropout(self): return self.lora.dropout.p if self.lora and self.lora.training else 0.
+    def dropout(self):
+        return self.lora._modules["dropout"].p if self.lora and self.lora.training else 0.
 
     def trained(self)->list:
         "Pairs of name and parameter that learn: A, B, bias, weight."
@@ -40,8 +41,7 @@ def _parts(modules):
     "The parts in order, and how many ranks they have together."
     parts,row,rank = [],0,0
     for m in modules:
-        lora = m if isinstance(m, LoraLinear) else None
-        base,r = (m.base, m.r) if lora else (m, 0)
+        lora,base,r = (m, m.base, m.r) if isinstance(m, LoraLinear) else (None, m, 0)
         parts.append(Part(base, lora, slice(row, row + m.out_features), slice(rank, rank + r)))
         row,rank = row + m.out_features,rank + r
     return parts, rank
@@ -51,8 +51,7 @@ def why_not(modules # Linear layers that read the same input
            )->str:  # None if nothing speaks against it
     "Why these layers can't be computed as one product."
     for m in modules:
-        lora = type(m) is LoraLinear
-        base = m.base if lora else m
+        lora,base = (True, m.base) if type(m) is LoraLinear else (False, m)
         for t in (m, base):
             if t._forward_hooks or t._forward_pre_hooks or t._backward_hooks \
                     or t._backward_pre_hooks or "forward" in t.__dict__:
@@ -85,24 +84,25 @@ class Projection:
         self.trained = [(part, *t) for part in self.parts for t in part.trained()]
         self.trainable = tuple(t for _,_,t in self.trained)
         self.learns = any(name in ("A", "B") for _,name,_ in self.trained)
-        self.factors = [t for p in self.parts if p.lora for t in (p.lora.A, p.lora.B)]
+        self.loras = [p.lora for p in self.parts if p.lora is not None]
+        self.factors = [t for m in self.loras for t in (m.A, m.B)]
         self.quantized = all(type(p.base) is QLinear for p in self.parts)
         self.layout = tuple((p.rows.stop, p.ranks.stop) for p in self.parts)
         self.matrix = self.views = self.moves = self.gathers = self.shared = None
-        self.hooks,self.straight = [],False # the latter: see `weight_gradients`
+        self.hooks,self.biased = [],any(p.base.bias is not None for p in self.parts)
 
-    why_not = staticmethod(why_not)
+    why_not,straight = staticmethod(why_not),False # the latter: see `weight_grads`
 
 # %% ../../nbs/68_kernels.lora.ipynb #aab52c89
 @patch(as_prop=True)
 def enabled(self:Projection)->bool:
     "Whether LoRA takes part."
-    return self.R > 0 and next(p.lora.enabled for p in self.parts if p.lora)
+    return self.R > 0 and self.loras[0].enabled
 
 @patch(as_prop=True)
 def dropping(self:Projection)->bool:
     "Whether there is dropout, for which a seed is needed."
-    return any(p.dropout for p in self.parts)
+    return any([m.training and m._modules["dropout"].p for m in self.loras])
 
 @patch(as_prop=True)
 def _deferred(self:Projection): return self.shared is not None and self.shared.defer
@@ -131,7 +131,6 @@ class _Views:
     def __init__(self, M, N, K):
         self.M,self.W,self.sB,self.A = M,M[:N,:K],M[:N,K:],M[N:,:K]
         self.across,self.down = M[:N],M[:,:K]
-
     def pieces(self): return [(None, self.W)]
 
 @patch
@@ -148,23 +147,23 @@ def _views(self:Projection, x, fresh):
 @patch
 def _scratched(self:Projection, dtype, device, fresh):
     "Shared memory with the weights in it, and whether the factors have to be written."
-    key = (self.layout, self.K, dtype, device)
-    M = self.scratch.take(key, self.N + self.R, self.K + self.R, dtype, device)
-    there = self.scratch.took(key, self, [_held(p.base) for p in self.parts])
-    there = there and (self.quantized or not fresh) # others may be trained
+    key,shape = (self.layout, self.K, dtype, device),(self.N + self.R, self.K + self.R)
+    M = self.scratch.take(key, *shape, dtype, device)
+    there = self.scratch.took(key, self, [_held(p.base) for p in self.parts]) and (
+        self.quantized or not fresh) # others may be trained
     if not there:
         for p in self.parts: unpack(p.base, 0, p.base.out_features, M[p.rows,:self.K])
-    return _Views(M, self.N, self.K), fresh or not there
+    if key not in self.scratch.views: self.scratch.views[key] = _Views(M, self.N, self.K)
+    return self.scratch.views[key], fresh or not there
 
 @patch
 def _check_held(self:Projection, dtype):
     if self.matrix.dtype == dtype and self.places == [_place(p.base) for p in self.parts]: return
-    what = f"weights are held in {self.matrix.dtype}, and the input is in {dtype}" \
-        if self.matrix.dtype != dtype else "weights were replaced while they were held"
+    what = "weights were replaced while they were held" if self.matrix.dtype == dtype else \
+        f"weights are held in {self.matrix.dtype}, and the input is in {dtype}"
     raise FtkitError(what, where="projection", fix="release() it, and hold() it again")
 
-def _held(base): return base.weight_codes if type(base) is QLinear else base.weight
-
+def _held(base): return base.weight_codes if type(base) is QLinear else base._parameters["weight"]
 def _place(base): return _held(base).data_ptr()
 
 # %% ../../nbs/68_kernels.lora.ipynb #a9b604b2
@@ -172,7 +171,7 @@ def _place(base): return _held(base).data_ptr()
 def _loose(self:Projection, dtype):
     return (self.piece and self.piece < self.N) or all(_is_plain(p.base, dtype) for p in self.parts)
 
-def _is_plain(base, dtype): return type(base) is not QLinear and base.weight.dtype == dtype
+def _is_plain(base, dtype): return type(base) is not QLinear and _held(base).dtype == dtype
 
 @patch
 def _factors(self:Projection, x):
@@ -200,7 +199,9 @@ def _pieces(self:Projection, dtype, device):
 def project(self:Projection,
             x:Tensor,         # Inputs, [T, K]; or [T, K + R], with K numbers in each row
             out:Tensor=None,  # Where the outputs go, [T, N]; rows may be apart
-            seed:int=None     # Of the dropout's masks, where there is dropout
+            seed:int=None,    # Of the dropout's masks, where there is dropout
+            add:Tensor=None,  # What the outputs are added to, [T, N]; may be `out`
+            alpha:float=1.    # Their factor then
            )->tuple:          # Outputs, [T, N]; xa, [T, R], or None
     "What the layers answer, side by side, and what their `A`s do."
     wide,x = self._split(x, self.K)
@@ -209,11 +210,13 @@ def project(self:Projection,
     xa = self._inner(x, V.A, seed) if self.enabled else None
     joined = wide is not None and xa is not None and V.M is not None
     if joined: wide[:,self.K:].copy_(xa)
+    if add is None: start,alpha = bias,1.
+    else: start = add if bias is None else torch.add(add, bias, alpha=alpha, out=out)
     left,pieces = (wide, [(None, V.across)]) if joined else (x, V.pieces())
     for rows,w in pieces:
-        y,b = (out, bias) if rows is None else (out[:,rows], None if bias is None else bias[rows])
-        torch.mm(left, w.T, out=y) if b is None else torch.addmm(b, left, w.T, out=y)
-    if xa is not None and not joined: out.addmm_(xa, V.sB.T)
+        y,b = (t if t is None or rows is None else t[...,rows] for t in (out, start))
+        torch.mm(left, w.T, out=y) if b is None else torch.addmm(b, left, w.T, alpha=alpha, out=y)
+    if xa is not None and not joined: out.addmm_(xa, V.sB.T, alpha=alpha)
     return out,xa
 
 # %% ../../nbs/68_kernels.lora.ipynb #4de0e1aa
@@ -242,9 +245,9 @@ def _thin(self:Projection, x, part, i, seed, add=None):
 @patch
 def _bias(self:Projection, x):
     "The biases side by side, or None."
-    if all(p.base.bias is None for p in self.parts): return
-    return torch.cat([x.new_zeros(p.base.out_features) if p.base.bias is None
-                      else p.base.bias.detach().to(x.dtype) for p in self.parts])
+    if self.biased: return torch.cat([
+        x.new_zeros(p.base.out_features) if p.base.bias is None
+        else p.base.bias.detach().to(x.dtype) for p in self.parts])
 
 # %% ../../nbs/68_kernels.lora.ipynb #ada4bfb6
 @patch
@@ -275,8 +278,7 @@ def _to_input(self:Projection, dy, wide, dxa, V, out, add, seed):
     joined = wide is not None and dxa is not None and V.M is not None and not self.dropping
     for rows,w in ([(None, V.down)] if joined else V.pieces()):
         left = wide if joined else dy if rows is None else dy[:,rows]
-        torch.mm(left, w, out=out) if add is None else torch.addmm(add, left, w, out=out)
-        add = out
+        add = torch.mm(left, w, out=out) if add is None else torch.addmm(add, left, w, out=out)
     if dxa is None or joined: return out
     if not self.dropping: return out.addmm_(dxa, V.A)
     for i,p in enumerate(self.parts):
@@ -290,14 +292,13 @@ def _grads(self:Projection, dy, x, xa, dxa, seed):
     A,B,grads = None,None,[]
     if self.learns and xa is not None: A,B = self._factor_grads(dy, x, xa, dxa, seed)
     A,B = (None, None) if self._deferred or B is None else (A, self._blocks(B))
-    found = [(p.rows, t) for p,name,t in self.trained if name == "weight"]
-    W = weight_gradients(dy, x, found, self.straight)
+    W = weight_grads(dy, x, [(p.rows, t) for p,n,t in self.trained if n == "weight"], self.straight)
     for p,name,param in self.trained:
         if name == "A": grad = None if A is None else A[p.ranks]
         elif name == "B": grad = None if B is None else next(B)
         elif name == "bias": grad = dy[:,p.rows].sum(0, dtype=torch.float32)
         else: grad = next(W)
-        grads.append(None if grad is None else grad.to(param.dtype))
+        grads.append(grad if grad is None or grad.dtype == param.dtype else grad.to(param.dtype))
     return tuple(grads)
 
 # %% ../../nbs/68_kernels.lora.ipynb #e9ff8bfe
@@ -341,9 +342,8 @@ class _Projected(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
-        x,xa = ctx.saved_tensors
-        dx,grads = ctx.projection.project_backward(dy, x, xa, seed=ctx.seed,
-                                                   need_x=ctx.needs_input_grad[0])
+        how = dict(seed=ctx.seed, need_x=ctx.needs_input_grad[0])
+        dx,grads = ctx.projection.project_backward(dy, *ctx.saved_tensors, **how)
         return dx,None,None,*grads
 
 @patch
@@ -368,8 +368,8 @@ def hold(self:Projection,
     frozen = all(type(p.base) is QLinear or not p.base.weight.requires_grad for p in self.parts)
     if len(plain) < len(self.parts) and not (cache and frozen): return False
     if not frozen and (self.R or any(is_view(p.weight) for p in plain)): return False
-    device = _held(self.parts[0].base).device
-    M = torch.zeros(self.N + self.R, self.K + self.R, dtype=dtype, device=device)
+    M = torch.zeros(self.N + self.R, self.K + self.R, dtype=dtype,
+                    device=_held(self.parts[0].base).device)
     for p in self.parts:
         view = unpack(p.base, 0, p.base.out_features, M[p.rows,:self.K])
         if p.base in plain: self._move_in(p.base, view)

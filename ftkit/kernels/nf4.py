@@ -17,7 +17,8 @@ from ..quant.nf4 import _borders, check_block, code_values, quantize_blocks, deq
 _ASK = ("{.reg .u32 lane; .reg .b64 at; .reg .b32 own; mov.u32 lane, %laneid; "
         "and.b32 lane, lane, 15; mul.wide.u32 at, lane, 4; add.u64 at, at, $16; "
         "ld.global.nc.b32 own, [at]; "
-        + " ".join(f"shfl.sync.idx.b32 ${i}, own, ${8 + i}, 31, 0xffffffff;" for i in range(8)) + "}")
+        + " ".join(f"shfl.sync.idx.b32 ${i}, own, ${8 + i}, 31, 0xffffffff;" for i in range(8))
+        + "}")
 ASK = tl.constexpr(_ASK)
 ASK_TYPES = tl.constexpr(",".join(["=r"]*8 + ["r"]*8 + ["l"]*8))
 

@@ -15,7 +15,7 @@ E4M3,LARGEST = torch.float8_e4m3fn,448.
 def row_scales(x:Tensor # [rows, columns]
               )->Tensor: # [rows, 1], float32
     "The largest magnitude of each row over 448; 1 for a row of zeros."
-    scales = x.abs().amax(1, keepdim=True).float()/LARGEST
+    scales = x.abs().amax(1, keepdim=True).float()*(1/LARGEST) # a GPU divides so
     return scales.masked_fill_(scales == 0, 1.)
 
 def to_fp8(x:Tensor,             # [rows, columns]
