@@ -20,6 +20,7 @@ from .kept import LEVELS, Saving, savings
 from .kernels import loss as loss_of
 from .kernels.loss import piece_rows, plain_head
 from .memory import CUDA, IDLE, state_bytes
+from .training.optim import StepInBackward
 
 # %% ../nbs/78_peaks.ipynb #8fd4454a
 class Tally(TorchDispatchMode):
@@ -172,11 +173,15 @@ class StepShape:
     head_copy:int=0   # Bytes of the head in another type
     rotary:int=0      # Width of the rotation's cosines
     accumulate:int=1  # Forward passes in a step
+    early:int=0       # Bytes of gradients that wait, where each is applied at once; 0: all wait
 
     @property
     def hidden(self)->int: return self.layers[0].hidden
     @property
-    def gradients(self)->int: return sum(s.gradients for s in self.layers) + self.head + self.table
+    def gradients(self)->int: # At the end of a step
+        tied = 2*self.head*(not self.table) # two parts, of which one has waited for the other
+        if self.early: return self.early + max(self.table, tied)
+        return sum(s.gradients for s in self.layers) + self.head + self.table
 
 # %% ../nbs/78_peaks.ipynb #40e71387
 def loss_bytes(s:StepShape)->int:
@@ -218,7 +223,7 @@ def _forward(s, plan, kept, now):
             for i,(l,p) in enumerate(zip(s.layers, plan))]
 
 def _backward(s, plan, kept, now):
-    out,grads = [],s.head
+    out,grads = [],s.early + s.head*(not s.early or not s.table)
     for i in reversed(range(len(plan))):
         l,p = s.layers[i],plan[i]
         how = l,p,s.tokens,s.size
@@ -228,7 +233,7 @@ def _backward(s, plan, kept, now):
         out.append(now(f"MLP {i}", sum(kept[:i + 1]) + back, mlp_work(*how), 0, grads))
         out.append(now(f"attention {i}", sum(kept[:i + 1]) - later + back, attention_work(*how), 0,
                        grads + sum(l.made[2:])))
-        grads += l.gradients
+        grads += l.gradients*(not s.early)
     return out
 
 # %% ../nbs/78_peaks.ipynb #4eca5f35
@@ -307,6 +312,7 @@ def step_shape(model,            # One that `speed_up` has taken
                optimizer="adamw",# A torch optimizer, or a name
                learned:int=None, # Tokens that the loss looks at; None: all
                accumulate:int=1, # Forward passes in a step
+               early:bool=False, # Whether gradients are applied as soon as they are there
                cut:int=0         # Rows of a matrix unpacked at a time
               )->StepShape:
     "The facts of a model that decide the memory of a step."
@@ -324,7 +330,7 @@ def step_shape(model,            # One that `speed_up` has taken
                      optimizer_bytes(trained, optimizer),
                      unpacked_bytes(projections, dtype, cut),
                      0 if getattr(fast, "hold", False) else _factors(projections, dtype),
-                     learned=learned, accumulate=accumulate,
+                     learned=learned, accumulate=accumulate, early=early*StepInBackward.ENOUGH,
                      rotary=fast.parts[0].attention.head_dim, **_ends(model, dtype))
 
 def held_bytes(fast, dtype)->int:

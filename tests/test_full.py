@@ -13,9 +13,12 @@ from ftkit.kernels.adamw import FlatAdamW
 from ftkit.kernels.edges import adds_up
 from ftkit.kernels.launch import interpreted
 from ftkit.kernels.loss import head_input, linear_cross_entropy, plain_head
-from ftkit.peaks import Tally
+from ftkit.models.shapes import empty_model
+from ftkit.peaks import Peak, Tally, step_shape
+from ftkit.planner import plan_memory, whole_bytes
 from ftkit.training.optim import OptimConfig, StepInBackward, build_optimizer
 
+from test_planner import counted_peak, made
 from toys import IDS, tiny_llama
 
 dev = "cuda" if torch.cuda.is_available() else "cpu"
@@ -287,3 +290,51 @@ def test_checkpoint_in_four_bits(tmp_path):
     w = plain.model.layers[0].mlp.up_proj.weight.float()
     near = (layers[0].mlp.up_proj.weight.float() - w).norm()/w.norm()
     assert 0 < near < 0.15
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("plan", ["none", "most"])
+def test_what_updates_inside_backward_save_is_as_predicted(monkeypatch, plan, tied):
+    monkeypatch.setattr(StepInBackward, "ENOUGH", 2**12)
+    monkeypatch.setattr(FlatAdamW, "_step_of", lambda *args, **kw: None)
+    model, said, found = made("full", num_hidden_layers=6, tie_word_embeddings=tied), {}, {}
+    set_saving(model, plan)
+    opt = build_optimizer(model, OptimConfig(optimizer="adamw_8bit"), parts=True)
+    for early in (True, False):
+        with StepInBackward(opt, 0.).hooks() if early else nullcontext():
+            found[early] = counted_peak(model, 32)
+        said[early] = Peak(step_shape(model, 32, optimizer=opt, early=early), plan).bytes
+    less = found[False] - found[True]
+    layer = sum(p.nbytes for p in model.model.layers[0].parameters())
+    assert less > 4*layer
+    assert abs(said[False] - said[True] - less) < 0.5*layer
+    assert plan_memory(model, 32, optimizer=opt, early=True).peak.shape.early == 2**12
+
+
+def test_float32_where_there_is_room():
+    "What a recipe decides by: 16 bytes a weight with AdamW, 12 where gradients are freed at once."
+    model, n = empty_model("llama3_8b"), 8030261248
+    assert whole_bytes(model, "adamw") == pytest.approx(16*n, rel=0.01)
+    assert whole_bytes(model, "adamw", early=True) == pytest.approx(12*n, rel=0.01)
+    assert whole_bytes(model, "adamw_8bit") == pytest.approx(10*n, rel=0.02)
+
+
+@pytest.mark.parametrize("memory, more, dtype", [
+    (141e9, {}, "fp32"), (80e9, {}, "bf16"), (110e9, {"train.step_in_backward": True}, "fp32"),
+    (80e9, {"optim.optimizer": "adafactor"}, "fp32"), (80e9, {"model.dtype": "fp32"}, "fp32"),
+    (80e9, {"train.precision": "fp32"}, "fp32"), (200e9, {"train.gpu_memory": "80GB"}, "bf16")])
+def test_a_recipe_takes_bfloat16_where_it_must(monkeypatch, capsys, memory, more, dtype):
+    from types import SimpleNamespace
+    import ftkit as ft
+    from ftkit import recipes
+    from ftkit.models import shapes
+    r = recipes.recipe("nano_full_colors_e1").set(**more)
+    empty = empty_model("llama2_7b")
+    monkeypatch.setattr(ft, "pick_device", lambda name: torch.device("cuda"), raising=False)
+    monkeypatch.setattr("ftkit.training.plan.pick_precision",
+                        lambda p, device: "bf16" if p == "auto" else p)
+    monkeypatch.setattr(torch.cuda, "get_device_properties",
+                        lambda device: SimpleNamespace(total_memory=memory))
+    monkeypatch.setattr(shapes, "empty_model", lambda what: empty)
+    assert recipes._dtype(r) == dtype
+    assert ("rounded at random" in capsys.readouterr().err) == (dtype == "bf16")
