@@ -226,8 +226,8 @@ def _too_large(r):
     model = empty_model(ft.resolve(r.model.path))
     n = ft.planner.whole_bytes(model, r.optim.optimizer, r.train.step_in_backward)
     if n < 0.9*room: return False # the rest is for activations
-    ft.core.say(f"ftkit: weights in float32, their gradients and averages would take {n/1e9:.0f} of "
-                f"{room/1e9:.0f} GB: they are in bfloat16, and updates are rounded at random")
+    ft.core.say("ftkit: weights in float32, their gradients and averages would take "
+                f"{n/1e9:.0f} of {room/1e9:.0f} GB: they are in bfloat16, rounded at random")
     return True
 
 def _bits(m): return {"bits": m.bits} if m.bits else {}

@@ -12,7 +12,8 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
 from ..core import FtkitError
-from .edges import SCRATCH, Moves, Scratch, dropped, is_view, product, unpack, weight_grads
+from .edges import (SCRATCH, Moves, Scratch, dropped, is_view, product, unpack,
+                                 weight_grads)
 from ..lora.layers import LoraLinear
 from ..quant.linear import QLinear
 
@@ -368,8 +369,7 @@ def hold(self:Projection,
     frozen = all(type(p.base) is QLinear or not p.base.weight.requires_grad for p in self.parts)
     if len(plain) < len(self.parts) and not (cache and frozen): return False
     if not frozen and (self.R or any(is_view(p.weight) for p in plain)): return False
-    M = torch.zeros(self.N + self.R, self.K + self.R, dtype=dtype,
-                    device=_held(self.parts[0].base).device)
+    M = _held(self.parts[0].base).new_zeros(self.N + self.R, self.K + self.R, dtype=dtype)
     for p in self.parts:
         view = unpack(p.base, 0, p.base.out_features, M[p.rows,:self.K])
         if p.base in plain: self._move_in(p.base, view)
