@@ -70,7 +70,8 @@ def test_against_float64(dtype, how, formula):
     if formula and dev == "cuda": pytest.skip("the kernel runs there")
     how,loss_tol,grad_tol = dict(how), *TOLERANCE[dtype]
     given = dict(bias=how.pop("bias", False), counts=how.pop("counts", False))
-    for rows,vocab,piece in (13, 97, 5), (4, 8200, None), (1, 1, None), (129, 33, 128):
+    shapes = (13, 97, 5), (1, 1, None), (4, 8200, None), (129, 33, 128)
+    for rows,vocab,piece in shapes[:2 if how and not formula and dev == "cpu" else 4]:
         p = problem(rows, vocab, dtype=dtype, **given)
         double = {k: t.double() if t.is_floating_point() else t for k,t in p.items()}
         wanted = with_gradients(exact, double, 0.3, **how, rounded=dtype)

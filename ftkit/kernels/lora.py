@@ -138,9 +138,9 @@ class _Views:
 def _views(self:Projection, x, fresh):
     "The matrix in its parts; if there is none, factors in memory of their own."
     V = self.views
-    if V is not None: self._check_held(x.dtype)
-    elif self._loose(x.dtype): return self._factors(x)
-    else: V,fresh = self._scratched(x.dtype, x.device, fresh)
+    if V is None and self._loose(x.dtype): return self._factors(x)
+    if V is None: V,fresh = self._scratched(x.dtype, x.device, fresh)
+    elif fresh: self._check_held(x.dtype) # the way back has been checked on the way there
     if fresh and self.R and not (self.shared and self.views): self.spread(V.A, V.sB)
     return V
 
