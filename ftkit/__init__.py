@@ -45,6 +45,7 @@ _ROOMS = {  # module → the names of its that stand on the public face
     "activations": "MemorySetting",
     "memory": "Ledger predict_memory recipe_setting",
     "sft": "SupervisedTuning PreTraining",
+    "graph": "StepGraphs",
     "flops": "step_flops",
     "profiling": "where_time_goes",
     "peaks": "Peak",

@@ -194,5 +194,5 @@ def bench(what,             # Name, file or `Recipe`
     _choose_path(r, model)
     rows,collate = _bench_rows(r, tokens, clock, tokenizer, model)
     trainer = Trainer(model, getattr(ft, OBJECTIVES[r.objective])(), rows, r.train, r.optim,
-                      collate, callbacks=[ft.FitMemory(), clock])
+                      collate, callbacks=[ft.FitMemory(), ft.StepGraphs(), clock])
     return timed(trainer, clock, r.name)

@@ -14,7 +14,7 @@ from fastcore.basics import patch
 from .attention import Rows, attend_backward, attend_forward
 from .core import FtkitError
 from .kept import Saving
-from .kernels.edges import adds_up, turned_back
+from .kernels.edges import SEEDS, adds_up, turned_back
 from .kernels.eight import glu_backward_codes, glu_codes
 from .kernels.glu import glu_backward, glu_forward
 from .kernels.rope import rotate_
@@ -37,7 +37,7 @@ class Call:
 def _seeds(*projections):
     "A number for each of two projections, or None where nothing is dropped."
     if not any(p.dropping for p in projections): return None, None
-    return tuple(torch.randint(2**31, (2,)).tolist())
+    return SEEDS.draw(2)
 
 # %% ../nbs/72_decoder.ipynb #8bdc24b1
 @dataclass(eq=False)
@@ -195,7 +195,10 @@ def forward(self:MlpHalf,
            )->Tensor:        # The output of the layer, [T, D]
     "The second half."
     out = y if over else torch.empty_like(y)
-    kept.pieces = [self.forward_piece(y[s], x[s], factor, out[s]) for s in slices]
+    kept.pieces = []
+    for s in slices:
+        kept.pieces.append(k := self.forward_piece(y[s], x[s], factor, out[s]))
+        if len(slices) > 1: k.gate_up = k.xa_up = None # computed again in any case
     return out
 
 @patch

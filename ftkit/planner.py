@@ -6,9 +6,8 @@
 __all__ = ['LATER', 'Rung', 'ladder', 'MemoryPlan', 'plan_memory', 'plan_ahead', 'whole_bytes', 'free_memory', 'cap_memory',
            'apply_plan', 'put_on_host', 'back_on_device', 'again', 'sweep', 'FitMemory', 'most_tokens']
 
-# %% ../nbs/79_planner.ipynb #f4a8089c
+# %% ../nbs/79_planner.ipynb #56ed5601
 import gc
-from bisect import bisect_left
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -17,7 +16,7 @@ from torch import nn
 from fastcore.basics import patch
 from .core import DTYPES, FtkitError, rng_state, say, set_rng_state
 from .fast import find_decoder, set_saving, speed_up, why_not
-from .kept import HostEmbedding, Saving, keep_on_host
+from .kept import PIECE, HostEmbedding, Saving, keep_on_host
 from .kernels import loss as loss_of
 from .kernels.edges import SCRATCH
 from .memory import CUDA, Ledger, prepared
@@ -26,7 +25,7 @@ from .training.loop import _recompute as recompute, row_length
 from .training.plan import memory_bytes
 from .training.run import Callback
 
-# %% ../nbs/79_planner.ipynb #fd443a17
+# %% ../nbs/79_planner.ipynb #f90a213e
 @dataclass(frozen=True)
 class Rung:
     "One way to trade time for memory."
@@ -52,15 +51,16 @@ def ladder(layers:int,     # Of the model
 def _last_rungs(rung, tokens, host):
     "Everything computed again: what else there is."
     layers,out = len(rung.saving),[replace(rung, room=loss_of.ROOM//4)]
-    if host: out.append(replace(out[-1], saving=(Saving("most", True),)*layers))
-    for part,cut in ((2, 0), (4, 0), (8, 4096), (8, 1024)):
-        if tokens//part < 128: continue
-        piece = -(-tokens//part//128)*128
-        out.append(replace(out[-1], saving=(Saving("most", host, piece),)*layers, cut=cut,
+    level = "much" if host else "most" # what attention gives waits on the host as well
+    if host: out.append(replace(out[-1], saving=(Saving(level, True),)*layers))
+    for part,cut in ((2, 0), (4, 4096), (8, 1024)):
+        piece = min(tokens, PIECE)//part//128*128
+        if not piece: continue
+        out.append(replace(out[-1], saving=(Saving(level, host, piece),)*layers, cut=cut,
                            room=loss_of.ROOM//16))
     return out
 
-# %% ../nbs/79_planner.ipynb #b7b94e31
+# %% ../nbs/79_planner.ipynb #07ae79ae
 @dataclass(repr=False, eq=False)
 class MemoryPlan:
     "Where on the ladder a run stands."
@@ -87,15 +87,13 @@ class MemoryPlan:
         "The peak of a rung, with what the allocator can't use."
         return self.peak_at(i).bytes + self.peak_at(i).idle
 
-# %% ../nbs/79_planner.ipynb #f53efc78
+# %% ../nbs/79_planner.ipynb #ad54b8b2
 @patch
 def settle(self:MemoryPlan)->MemoryPlan:
-    "Go to the first rung that fits; to the last if none does."
-    if self.budget is None: self.at = 0
-    else:
-        ends = range(len(self.rungs))
-        self.at = min(bisect_left(ends, True, key=lambda i: self.takes(i) <= self.budget),
-                      len(self.rungs) - 1)
+    "Go to the first rung that fits; to the smallest if none does."
+    most,rungs = torch.inf if self.budget is None else self.budget,range(len(self.rungs))
+    self.at = next((i for i in rungs if self.takes(i) <= most), None)
+    if self.at is None: self.at = min(rungs, key=self.takes)
     return self
 
 @patch
@@ -106,14 +104,15 @@ def lower(self:MemoryPlan)->bool: # False at the end of the ladder
     if below: self.at = below[0]
     return bool(below)
 
-# %% ../nbs/79_planner.ipynb #2b571fff
+# %% ../nbs/79_planner.ipynb #eb566811
 @patch
 def __repr__(self:MemoryPlan)->str:
     "The plan in a line."
     r,layers,gb = self.rung,len(self.rung.saving),lambda n: f"{n/1e9:.2f}"
     counts = {s: r.saving.count(s) for s in dict.fromkeys(reversed(r.saving))}
     text = "; ".join(f"{_WHAT[s.level]} in {n if n < layers else 'all'} layer{'s'*(n > 1)}"
-                     + " (inputs on the host)"*s.host + f" (MLPs of {s.piece} tokens)"*bool(s.piece)
+                     + " (on the host)"*s.host
+                     + f" (MLPs of {s.piece} tokens)"*bool(s.piece)
                      for s,n in counts.items())
     more = ["embedding on the host"]*r.host + [f"matrices unpacked by {r.cut} rows"]*bool(r.cut)
     of = "" if self.budget is None else f" of {gb(self.budget + CUDA)}"
@@ -122,7 +121,7 @@ def __repr__(self:MemoryPlan)->str:
 _WHAT = dict(none="keeps everything", some="computes gate and up again",
              much="keeps what attention gives", most="keeps inputs only")
 
-# %% ../nbs/79_planner.ipynb #4b64dea3
+# %% ../nbs/79_planner.ipynb #059a1a3c
 def plan_memory(model:nn.Module, # Sped up
                 tokens:int,      # In a forward pass
                 budget:int=None, # Bytes that torch may take; None: all it likes
@@ -154,7 +153,7 @@ def _may_move(model):
     tied = head is not None and head.weight is table.weight
     return isinstance(table, nn.Embedding) and not table.weight.requires_grad and not tied
 
-# %% ../nbs/79_planner.ipynb #88317ba5
+# %% ../nbs/79_planner.ipynb #e09bb6e0
 def plan_ahead(ledger:Ledger     # From `predict_memory`
               )->MemoryPlan:     # None where the layers aren't trained by hand
     "The plan of a run on a GPU, before anything is loaded."
@@ -166,7 +165,7 @@ def plan_ahead(ledger:Ledger     # From `predict_memory`
                        optimizer=s.optimizer, learned=round(s.learned*s.tokens),
                        accumulate=s.accumulate)
 
-# %% ../nbs/79_planner.ipynb #1d61113d
+# %% ../nbs/79_planner.ipynb #cef4e23d
 def whole_bytes(model:nn.Module, # In float32, on any device; "meta" will do
                 optimizer:str="adamw", # Name, as in `OptimConfig`
                 early:bool=False # Whether gradients are applied as soon as they are there
@@ -175,7 +174,7 @@ def whole_bytes(model:nn.Module, # In float32, on any device; "meta" will do
     weights = list(model.parameters())
     return sum(w.nbytes for w in weights)*(2 - early) + optimizer_bytes(weights, optimizer)
 
-# %% ../nbs/79_planner.ipynb #fd89f3e4
+# %% ../nbs/79_planner.ipynb #e827bca1
 LATER = 250e6 # Bytes of kernels and work space that CUDA loads during the first step, about
 
 def free_memory(device,        # Of the model
@@ -200,7 +199,7 @@ def cap_memory(limit,        # "8GB", "7.45GiB"
     torch.cuda.set_per_process_memory_fraction(min(1., (n - CUDA)/total), device)
     return n
 
-# %% ../nbs/79_planner.ipynb #6c9ed794
+# %% ../nbs/79_planner.ipynb #ff149c02
 def apply_plan(model,          # Sped up
                plan:MemoryPlan # Or None, for the model as it was
               )->None:
@@ -218,7 +217,7 @@ def apply_plan(model,          # Sped up
 
 _ROOM = loss_of.ROOM
 
-# %% ../nbs/79_planner.ipynb #a8740a4c
+# %% ../nbs/79_planner.ipynb #f7a8aa98
 def put_on_host(model)->None:
     "Move the embedding to the host; the module it was is kept for later."
     old = model.get_input_embeddings()
@@ -235,7 +234,7 @@ def back_on_device(model)->None:
     old.weight.data = now.weight.to(device)
     model.set_input_embeddings(old)
 
-# %% ../nbs/79_planner.ipynb #45b3fbfb
+# %% ../nbs/79_planner.ipynb #3310ce39
 def again(trainer,
           take,     # The trainer's `take_step`
           make_room, # Function: is memory won?
@@ -272,7 +271,7 @@ def sweep()->None:
     gc.collect()
     if torch.cuda.is_available(): torch.cuda.empty_cache()
 
-# %% ../nbs/79_planner.ipynb #2c35974a
+# %% ../nbs/79_planner.ipynb #0b52064c
 class FitMemory(Callback):
     "Plan a run's memory before its first step, and make room where it runs out."
     order,plan,limit,undo = 5,None,None,None # lower than all that may allocate
@@ -310,7 +309,7 @@ class FitMemory(Callback):
     def on_stop(self, trainer):
         if self.undo: self.undo.close()
 
-# %% ../nbs/79_planner.ipynb #5e5641d7
+# %% ../nbs/79_planner.ipynb #ab443f1f
 @patch
 def make_room(self:FitMemory, trainer)->bool:
     "Go down where it is possible."
@@ -339,7 +338,7 @@ def before_step(self:FitMemory, trainer):
         apply_plan(trainer.model, self.plan)
         self.parts = _fast(trainer.model).parts
 
-# %% ../nbs/79_planner.ipynb #2d665ec5
+# %% ../nbs/79_planner.ipynb #34b330d8
 def _fast(model):
     "What makes a model fast, if its layers are."
     inner = find_decoder(model)

@@ -289,10 +289,10 @@ def _named_folder(path, may_be_used):
 
 # %% ../nbs/86_recipes.ipynb #6b9dd6c8
 def _callbacks(r, data, work_dir):
-    "Progress and trackers, sample chats, the metric, and the recipe itself in the run's folder."
+    "Progress, trackers, CUDA graphs, sample chats, the metric, the recipe in the run's folder."
     from ftkit.core import is_main, write_file
     from ftkit.training.callbacks import default_callbacks
-    out = [ft.FitMemory(), *default_callbacks(r.train)]
+    out = [ft.FitMemory(), ft.StepGraphs(), *default_callbacks(r.train)]
     how = dict(tokenizer=data.tokenizer, template=data.template, max_new_tokens=r.answer_tokens)
     if r.prompts: out.append(ft.SampleChats(list(r.prompts), system=data.system, **how))
     if r.metric: out.append(ft.AnswerMetric(data.eval.samples, ft.metric(r.metric), **how))

@@ -38,7 +38,8 @@ class Rows:
         "cu_seqlens as int32 on a device, brought there once."
         key = "cu",torch.device(device)
         if key not in self._bounds:
-            cu = self.cu_seqlens if self.packed else torch.arange(self.batch + 1)*self.seq
+            cu = self.cu_seqlens
+            if not self.packed: cu = torch.arange(self.batch + 1, device=device)*self.seq
             self._bounds[key] = cu.to(device=device, dtype=torch.int32, non_blocking=True)
         return self._bounds[key]
 

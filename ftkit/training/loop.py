@@ -170,6 +170,17 @@ def over_ranks(self:Trainer, x:Tensor)->Tensor:
 
 # %% ../../nbs/64_training.loop.ipynb #efe1a8db
 @patch
+def forward_backward(self:Trainer,
+                     batch:dict,
+                     factor # Of the loss, a 0-d tensor
+                    )->tuple: # Sum of losses; metrics; without their graph
+    "Add a batch's gradients to those that are there."
+    loss,metrics = self.losses(self.wrapped, batch)
+    self.accelerator.backward(self.scaler.scale(loss*factor))
+    return loss.detach(),{k: v.detach() for k,v in metrics.items()}
+
+# %% ../../nbs/64_training.loop.ipynb #5f1a9c50
+@patch
 def take_step(self:Trainer, ready:StepBatches):
     "Forward and backward over all batches, then one update of the optimizer."
     self.lr,sums,self.updating = self.schedule(self.step),0.,bool(self.inside)
@@ -177,9 +188,8 @@ def take_step(self:Trainer, ready:StepBatches):
     for i,(batch,weight) in enumerate(ready.batches):
         last = i == len(ready.batches) - 1 # only then do processes exchange gradients
         with nullcontext() if last else self.accelerator.no_sync(self.wrapped):
-            loss,metrics = self.losses(self.wrapped, batch)
             # gradients are averaged over the processes; the factor `world` makes that a sum
-            self.accelerator.backward(self.scaler.scale(loss*(weight*self.world/count)))
+            loss,metrics = self.forward_backward(batch, weight*self.world/count)
         sums = sums + weight*torch.stack([loss, *metrics.values()]).detach()
     self.names,self.updating = list(metrics),True # from here on a step can't be undone
     if self.inside: norm = self.inside.finish()

@@ -1,0 +1,264 @@
+"Steps that are recorded and replayed: what has to stay in place, and when nothing is recorded."
+import numpy as np
+import pytest
+import torch
+from small_runs import tiny_model, untimed
+from torch import nn
+
+from ftkit.core import FtkitError
+from ftkit.data.packing import Row, collate
+from ftkit.fast import find_decoder, set_saving, speed_up
+from ftkit.graph import Again, Graph, StepGraphs, borders_with_room, room_for, shape_key
+from ftkit.kept import Saving
+from ftkit.kernels.edges import SCRATCH, SEEDS, dropped
+from ftkit.lora.inject import LoraConfig, add_lora
+from ftkit.quant.linear import quantize_model
+from ftkit.sft import SupervisedTuning
+from ftkit.training.loop import Trainer, TrainConfig
+from ftkit.training.optim import OptimConfig
+from ftkit.training.run import Callback
+
+CUDA = torch.cuda.is_available()
+DEV = "cuda" if CUDA else "cpu"
+
+
+class Never(StepGraphs):
+    "The same shapes, never recorded."
+    WARM = 10**9
+
+
+def sample(n, start, masked):
+    ids = (np.arange(n) + start) % 23 + 1
+    return ids, np.where(np.arange(n) < masked, -100, ids), np.arange(n)
+
+
+def rows_of(lengths, weights=False, seed=0):
+    "One row for each list of lengths."
+    rng, rows = np.random.default_rng(seed), []
+    for ns in lengths:
+        parts = [sample(n, int(rng.integers(23)), int(rng.integers(1, 3))) for n in ns]
+        ids, labels, positions = (np.concatenate(x) for x in zip(*parts))
+        labels[np.cumsum([0, *ns[:-1]])] = -100
+        w = rng.random(len(ids)).astype(np.float32) if weights else None
+        rows.append(Row(ids, labels, positions, np.cumsum([0, *ns]), weights=w))
+    return rows
+
+
+PACKED = rows_of([[9, 15], [14, 10], [4, 7, 13], [11, 13], [16, 8], [10, 14], [13, 11], [12, 12]])
+DENSE = rows_of([[24]]*8)
+
+
+def model_of(dropout=0., bits=None, lora=True, fast=True, hold=None, saving=None):
+    model = tiny_model(hidden_act="silu")
+    if bits: quantize_model(model, 4)
+    if lora:
+        add_lora(model, LoraConfig(r=4, dropout=dropout))
+        torch.manual_seed(1)
+        for p in model.parameters():
+            if p.requires_grad: nn.init.normal_(p, std=0.1)
+    model.to(DEV)
+    if fast: speed_up(model, saving, hold=hold)
+    return model
+
+
+def trainer_of(model, rows=PACKED, callbacks=(), work_dir=None, pad=None, objective=None, **cfg):
+    cfg = dict(batch_size=1, epochs=3, precision="fp32") | cfg
+    return Trainer(model, objective or SupervisedTuning(), rows, TrainConfig(**cfg),
+                   OptimConfig(lr=1e-2), lambda rows: collate(rows, 0, mask=None, pad_to=pad),
+                   callbacks=callbacks, work_dir=work_dir)
+
+
+def train(graphs, rows=PACKED, callbacks=(), **cfg):
+    "The history, and the weights in the end."
+    keys = "dropout", "bits", "lora", "fast", "hold", "saving"
+    model = model_of(**{k: cfg.pop(k) for k in keys if k in cfg})
+    run = trainer_of(model, rows, [graphs, *callbacks], **cfg).fit()
+    weights = [p.detach().cpu() for p in model.parameters() if p.requires_grad]
+    return untimed(run.history), torch.cat([w.flatten() for w in weights])
+
+
+def same(a, b):
+    assert a[0] == b[0]
+    torch.testing.assert_close(a[1], b[1], rtol=0, atol=0)
+
+
+CASES = {"packed": {}, "dense": dict(rows=DENSE), "dropout": dict(dropout=0.2),
+         "accumulate": dict(accumulate=3, dropout=0.1), "two rows": dict(batch_size=2, epochs=6),
+         "held": dict(hold=True, dropout=0.2, accumulate=2), "nf4": dict(bits=4),
+         "most": dict(saving="most", dropout=0.2), "whole weights": dict(lora=False),
+         "by modules": dict(fast=False, cuda_graph=True),
+         "weights": dict(rows=rows_of([[9, 15], [14, 10], [4, 20], [6, 18]]*2, weights=True))}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_replayed_equals_computed(case):
+    graphs = StepGraphs(recorder=Again)
+    ours, right = train(graphs, **CASES[case]), train(Never(recorder=Again), **CASES[case])
+    assert graphs.used > 3 and not graphs.off
+    same(ours, right)
+
+
+def test_shapes_settle():
+    most = {}
+    cu = torch.tensor([0, 3, 24], dtype=torch.int32)
+    first = borders_with_room(cu, 21, (1, 24), most)
+    assert first[0].dtype == torch.int32 and len(first[0]) == 16 and first[1] == 24
+    many = torch.arange(25, dtype=torch.int32)
+    assert len(borders_with_room(many, 1, (1, 24), most)[0]) == 32
+    assert len(borders_with_room(cu, 2, (1, 24), most)[0]) == 32  # their number only grows
+    assert most[1, 24] == 32 and borders_with_room(cu, 2, (1, 24), most)[1] == 3
+    assert borders_with_room(cu, 9, (1, 24), most)[1] == 16
+    for n in (1, 2, 7, 8, 9, 100):
+        for k in range(1, n + 1): assert k <= room_for(k, n) <= n + 7
+    keys = [shape_key(dict(a=torch.zeros(2), n=n)) for n in (1, 1, 2)]
+    assert keys[0] == keys[1] != keys[2]
+
+
+def test_seeds_of_a_table_are_those_that_would_be_drawn():
+    torch.manual_seed(5)
+    pairs = [SEEDS.draw(2) for _ in range(9)]
+    after = torch.get_rng_state()
+    torch.manual_seed(5)
+    table = torch.tensor(SEEDS.keys(18), dtype=torch.int32).view(18, 4)
+    assert torch.equal(after, torch.get_rng_state())
+    x = torch.randn(7, 33)
+    for seed, row in zip((s for p in pairs for s in p), table):
+        for which in range(4):
+            assert torch.equal(dropped(x, seed, .3, which), dropped(x, row, .3, which))
+
+
+def test_resume_is_exact(tmp_path):
+    def stop_at(n):
+        c = Callback()
+        c.after_step = lambda t: setattr(t, "should_stop", t.step == n)
+        return c
+    whole = train(StepGraphs(recorder=Again), dropout=0.2)
+    model = model_of(dropout=0.2)
+    trainer_of(model, PACKED, [StepGraphs(recorder=Again), stop_at(11)], tmp_path).fit()
+    model, graphs = model_of(dropout=0.2), StepGraphs(recorder=Again)
+    trainer_of(model, PACKED, [graphs], tmp_path).fit(resume="auto")
+    weights = torch.cat([p.detach().cpu().flatten() for p in model.parameters() if p.requires_grad])
+    assert graphs.used
+    torch.testing.assert_close(weights, whole[1], rtol=0, atol=0)
+
+
+class Failing(Again):
+    "Cannot record, after having done half of it."
+    def __init__(self, run, device, pool=None):
+        run()
+        raise RuntimeError("operation not permitted when stream is capturing\nmore")
+
+
+def test_a_recording_that_fails_changes_nothing(capsys):
+    class Half(Again):  # the error comes before anything is computed
+        def __init__(self, *args): raise torch.OutOfMemoryError("no more")
+    graphs = StepGraphs(recorder=Half)
+    same(train(graphs, dropout=0.2), train(Never(recorder=Again), dropout=0.2))
+    assert graphs.off and not graphs.used
+    assert capsys.readouterr().err.count("without CUDA graphs: one could not be recorded") == 1
+    with pytest.raises(FtkitError, match="cannot be recorded.*not permitted when stream"):
+        train(StepGraphs(recorder=Failing), cuda_graph=True)
+
+
+def test_a_recording_that_is_wrong_is_found_out(capsys):
+    class Baked(Again):
+        "Forgets that the batch changes."
+        def replay(self):
+            batch = self.run.args[0].batch
+            if not hasattr(self, "ids"): self.ids = batch["input_ids"]*0 + 3
+            batch["input_ids"].copy_(self.ids)
+            return self.run()
+    graphs = StepGraphs(recorder=Baked)
+    same(train(graphs, dropout=0.2), train(Never(recorder=Again), dropout=0.2))
+    assert graphs.off and "are right" in capsys.readouterr().err
+
+
+def test_too_many_shapes(capsys):
+    lengths = [[n] for n in range(6, 14)]*4
+    graphs = StepGraphs(most=2, recorder=Again)
+    graphs.WARM = 0
+    ours = train(graphs, rows_of(lengths), epochs=1)
+    assert graphs.off and "too many shapes" in capsys.readouterr().err
+    same(ours, train(Never(recorder=Again), rows_of(lengths), epochs=1))
+
+
+def test_what_changes_between_steps_is_noticed():
+    class Change(Callback):
+        "Other layers keep less from a step on; a generation unpacks other weights in between."
+        def after_step(self, t):
+            if t.step == 12: set_saving(t.model, [Saving("most"), Saving("none")])
+            if t.step == 16: SCRATCH.forget()
+            if t.step == 20: find_decoder(t.model).__dict__["_fast"].build()
+    for how in (dict(hold=True), dict(bits=4)):
+        graphs = StepGraphs(recorder=Again)
+        ours = train(graphs, callbacks=[Change()], dropout=0.1, **how)
+        assert graphs.used and not graphs.off
+        same(ours, train(Never(recorder=Again), callbacks=[Change()], dropout=0.1, **how))
+
+
+def test_evaluation_in_between():
+    class Evaluate(Callback):
+        def after_step(self, t):
+            if t.step % 5 == 0: t.evaluate()
+    graphs = StepGraphs(recorder=Again)
+    same(train(graphs, callbacks=[Evaluate()], bits=4), train(Never(recorder=Again),
+                                                              callbacks=[Evaluate()], bits=4))
+    assert graphs.used
+
+
+def test_reasons_not_to_record(capsys):
+    def why(insist=False, change=lambda t: None, **how):
+        t = trainer_of(model_of(**how), cuda_graph=insist or None)
+        change(t)
+        g = StepGraphs(recorder=Again)
+        try: g.before_fit(t)
+        finally: g.on_stop(t)
+        assert "forward_backward" not in t.__dict__ and "prepare_step" not in t.__dict__
+        return g.why
+    assert why() is None
+    assert "by hand" in why(fast=False) and why(insist=True, fast=False) is None
+    assert "host" in why(saving=Saving("most", host=True))
+    hook = lambda t: t.model.lm_head.register_forward_hook(lambda *a: None)
+    assert "hooks" in why(change=hook)
+    with pytest.raises(FtkitError, match="hooks"): why(insist=True, change=hook)
+    def of_weight(t): t.parameters[0].register_post_accumulate_grad_hook(lambda p: None)
+    assert "hooks" in why(change=of_weight)
+    assert "several processes" in why(change=lambda t: setattr(t, "world", 2))
+    g = StepGraphs(recorder=Again)
+    g.before_fit(t := trainer_of(model_of(), cuda_graph=False))
+    assert "off" in g.why and "forward_backward" not in t.__dict__
+    if not CUDA: assert "no GPU" in train_why()
+
+
+def train_why():
+    g = StepGraphs()
+    g.before_fit(trainer_of(model_of()))
+    return g.why
+
+
+def test_deferred_gradients_end_with_the_run():
+    model = model_of(hold=True)
+    graphs = StepGraphs(recorder=Again)
+    trainer_of(model, PACKED, [graphs]).fit()
+    fast = find_decoder(model).__dict__["_fast"]
+    assert graphs.used and not fast.defer and not fast.edges.defer
+
+
+@pytest.mark.skipif(not CUDA, reason="needs a GPU")
+@pytest.mark.parametrize("case", ["packed", "dense", "dropout", "accumulate", "held", "nf4", "most"])
+def test_on_a_gpu(case):
+    how = dict(CASES[case]) | dict(cuda_graph=True, precision="auto")
+    graphs = StepGraphs()
+    ours, right = train(graphs, **how), train(Never(recorder=Again), **how)
+    assert graphs.used > 3 and not graphs.off
+    for a, b in zip(ours[0], right[0]):
+        if a["event"] == "train": assert a["loss"] == pytest.approx(b["loss"], rel=1e-3)
+
+
+@pytest.mark.skipif(not CUDA, reason="needs a GPU")
+def test_after_a_failed_recording_the_gpu_works_on():
+    x = torch.ones(4, device="cuda")
+    with pytest.raises(RuntimeError): Graph(lambda: x.sum().item(), "cuda")
+    assert torch.rand(3, device="cuda").sum() > 0 and torch.nn.functional.dropout(x).shape == (4,)
+    assert torch.cuda.current_stream() == torch.cuda.default_stream()
+    assert float(Graph(lambda: x*2, "cuda").replay().sum()) == 8
