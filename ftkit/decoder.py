@@ -14,7 +14,7 @@ from fastcore.basics import patch
 from .attention import Rows, attend_backward, attend_forward
 from .core import FtkitError
 from .kept import Saving
-from .kernels.edges import SEEDS, turned_back
+from .kernels.edges import SEEDS, adds_up, turned_back
 from .kernels.eight import glu_backward_codes, glu_codes
 from .kernels.glu import glu_backward, glu_forward
 from .kernels.rope import rotate_
@@ -371,6 +371,7 @@ class _Layer(torch.autograd.Function):
         if kept is None:
             raise FtkitError("the backward pass of this layer has run already, and used up what "
                              "it had kept", fix="Compute the loss again before another backward()")
+        for p in ctx.layer.projections: p.straight = adds_up(ctx, p.trainable)
         flat,wide = _flat(dy, call),_found(dy)
         with _no_autocast(dy):
             dx,ours,grads = ctx.layer.backward(flat, kept, call, ctx.needs_input_grad[0], wide)

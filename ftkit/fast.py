@@ -246,11 +246,10 @@ class Fast:
 # %% ../nbs/73_fast.ipynb #01892a1a
 @patch
 def take_hold(self:Fast, dtype):
-    "Let the frozen projections hold their weights in one matrix of this type."
+    "Let the projections hold their weights of this type in one matrix."
     if self.held == dtype or not self.hold: return
     if self.edges: self.edges.close()
     for p in (p for part in self.parts for p in part.projections):
-        if any(name == "weight" for q in p.parts for name,_ in q.trained()): continue
         p.release()
         p.hold(dtype)
     self.held,self.watch = dtype,Watch(self.inner.layers)

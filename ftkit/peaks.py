@@ -20,6 +20,7 @@ from .kept import LEVELS, Saving, savings
 from .kernels import loss as loss_of
 from .kernels.loss import piece_rows, plain_head
 from .memory import CUDA, IDLE, state_bytes
+from .training.optim import StepInBackward
 
 # %% ../nbs/78_peaks.ipynb #e725b6d9
 class Tally(TorchDispatchMode):
@@ -185,11 +186,13 @@ class StepShape:
     head_copy:int=0   # Bytes of the head in another type
     rotary:int=0      # Width of the rotation's cosines
     accumulate:int=1  # Forward passes in a step
+    early:int=0       # Bytes of gradients that wait, where each is applied at once; 0: all wait
 
     @property
     def hidden(self)->int: return self.layers[0].hidden
     @property
-    def gradients(self)->int: return sum(s.gradients for s in self.layers) + self.head + self.table
+    def gradients(self)->int: # At the end of a step
+        return (self.early or sum(s.gradients for s in self.layers)) + self.head + self.table
 
 # %% ../nbs/78_peaks.ipynb #97014cb7
 def loss_bytes(s:StepShape)->int:
@@ -229,7 +232,7 @@ def _forward(s, plan, kept, now):
                 forward_work(l, p, s.tokens, s.size)) for i,(l,p) in enumerate(zip(s.layers, plan))]
 
 def _backward(s, plan, kept, now):
-    out,grads = [],s.head
+    out,grads = [],s.early + s.head*(not s.early or not s.table)
     host = [sum(host_bytes(l, p, s.tokens, s.size).values()) for l,p in zip(s.layers, plan)]
     for i in reversed(range(len(plan))):
         l,p = s.layers[i],plan[i]
@@ -240,7 +243,7 @@ def _backward(s, plan, kept, now):
         out.append(now(f"MLP {i}", held, mlp_work(*how, i == len(plan) - 1), 0, grads))
         out.append(now(f"attention {i}", held - later, attention_work(*how), 0,
                        grads + sum(l.made[2:])))
-        grads += l.gradients
+        grads += l.gradients*(not s.early)
     return out
 
 # %% ../nbs/78_peaks.ipynb #46cec667
@@ -319,6 +322,7 @@ def step_shape(model,            # One that `speed_up` has taken
                optimizer="adamw",# A torch optimizer, or a name
                learned:int=None, # Tokens that the loss looks at; None: all
                accumulate:int=1, # Forward passes in a step
+               early:bool=False, # Whether each gradient is applied at once
                cut:int=0         # Rows of a matrix unpacked at a time
               )->StepShape:
     "The facts of a model that decide the memory of a step."
@@ -336,7 +340,7 @@ def step_shape(model,            # One that `speed_up` has taken
                      optimizer_bytes(trained, optimizer),
                      unpacked_bytes(projections, dtype, cut),
                      0 if getattr(fast, "hold", False) else _factors(projections, dtype),
-                     learned=learned, accumulate=accumulate,
+                     learned=learned, accumulate=accumulate, early=early*StepInBackward.ENOUGH,
                      rotary=fast.parts[0].attention.head_dim, **_ends(model, dtype))
 
 def held_bytes(fast, dtype)->int:

@@ -208,9 +208,27 @@ def _dtype(r):
     "The type of the base's weights."
     from ftkit.training.plan import pick_precision
     if r.model.dtype != "auto": return r.model.dtype
-    if r.lora is None: return "fp32"
+    if r.lora is None: return "bf16" if _too_large(r) else "fp32"
     half = pick_precision(r.train.precision, ft.pick_device(r.model.device)) == "fp16"
     return "fp16" if half else "auto"
+
+_ROUND = ("adamw", "adamw_16bit", "adamw_8bit", "paged_adamw", "paged_adamw_8bit") # at random
+
+def _too_large(r):
+    "Whether a GPU can't hold all that belongs to weights in float32; says so."
+    from ftkit.training.plan import memory_bytes, pick_precision
+    device,limit = ft.pick_device(r.model.device),r.train.gpu_memory
+    if device.type != "cuda" or pick_precision(r.train.precision, device) != "bf16": return False
+    if r.optim.optimizer not in _ROUND: return False
+    from torch import cuda
+    from ftkit.models.shapes import empty_model
+    room = memory_bytes(limit) if limit else cuda.get_device_properties(device).total_memory
+    model = empty_model(ft.resolve(r.model.path))
+    n = ft.planner.whole_bytes(model, r.optim.optimizer, r.train.step_in_backward)
+    if n < 0.9*room: return False # the rest is for activations
+    ft.core.say("ftkit: weights in float32, their gradients and averages would take "
+                f"{n/1e9:.0f} of {room/1e9:.0f} GB: they are in bfloat16, rounded at random")
+    return True
 
 def _bits(m): return {"bits": m.bits} if m.bits else {}
 

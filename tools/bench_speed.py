@@ -35,8 +35,9 @@ ROWS = {
     "fp8": row("lora", "0", peers=("unsloth", "ftkit"), ours=dict(mode="fp8")),
     "long": row("qlora", "1", peers=("unsloth", "ftkit"), batch=2, seq=8192),
     "lora_r64": row("lora", "0", peers=("unsloth", "ftkit"), r=64),
-    "full": row("full", "1", peers=("liger", "ftkit"), ours=dict(gc="auto")),
-    "full_48": row("full", "1", peers=("liger", "ftkit"), ours=dict(gc="auto", cap=48)),
+    "full": row("full", "1", LLAMA3, ("liger", "ftkit"), dict(gc="auto", opt="adamw16")),
+    "full_48": row("full", "1", LLAMA3, ("liger", "ftkit"),
+                   dict(gc="auto", cap=48, opt="adamw8", early=True)),
     "paged_7b": row("qlora", "1", LLAMA2, **ONE),
     "paged_8b": row("qlora", "1", peers=("unsloth", "ftkit"), **ONE),
     "low_7b": row("qlora", "1", LLAMA2, ("unsloth", "ftkit"), dict(gc="auto", cap=4.6), **ONE),
@@ -44,7 +45,7 @@ ROWS = {
     "packed": row("qlora", "1", peers=("hf", "unsloth", "ftkit"), packed=True),
     "qwen7b": row("lora", "0", "qwen2.5-7b"),
     "small": row("lora", "0", "qwen2.5-0.5b", batch=1),
-    "big": row("qlora", "1", "llama3-70b", peers=("unsloth", "ftkit"), batch=1)}
+    "big": row("qlora", "1", "llama3-70b-nf4", ("unsloth", "ftkit"), batch=1)}
 TINY = {"lora": row("lora", "0", "tiny", ("hf", "ftkit"), batch=2, seq=32),
         "packed": row("lora", "0", "tiny", ("hf", "ftkit"), batch=2, seq=64, packed=True)}
 

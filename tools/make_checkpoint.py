@@ -1,15 +1,18 @@
 """Write a checkpoint of a well-known shape with random weights, and a toy tokenizer.
 
     python tools/make_checkpoint.py FOLDER llama3-8b
+    python tools/make_checkpoint.py FOLDER llama3-70b-nf4      in four bits, 40 GB
     python tools/make_checkpoint.py FOLDER tiny --device cpu
 
 For benchmarks without a network. Tensors are drawn and written one shard at a time, so a model may
 be larger than the memory. The same seed gives the same weights on the same kind of device. A folder
-that is complete is left alone.
+that is complete is left alone. Behind -nf4 all layers have the same weights, in four bits as
+bitsandbytes stores them: drawn and quantized once, and written as often as there are layers.
 """
-import argparse, json, shutil, sys, time, zlib
+import argparse, json, re, shutil, sys, time, zlib
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 LLAMA3 = dict(vocab_size=128256, rope_theta=500000., max_position_embeddings=8192)
 LLAMA2 = dict(vocab_size=32000, max_position_embeddings=4096)
 QWEN = dict(kind="qwen2", rope_theta=1e6, max_position_embeddings=32768)
@@ -23,18 +26,22 @@ SHAPES = {"llama3-8b": (4096, 14336, 32, 32, 8, LLAMA3),
                            QWEN | dict(vocab_size=151936, tie_word_embeddings=True)),
           "mixtral-small": (1024, 3584, 8, 16, 4, MIXTRAL),
           "tiny": (64, 128, 2, 4, 2, dict(vocab_size=512))}
+FOUR = "-nf4"
 
 
 def config_of(shape):
     "The transformers configuration of a shape."
     from transformers import AutoConfig
-    *numbers, more = SHAPES[shape]
+    *numbers, more = SHAPES[shape.removesuffix(FOUR)]
     names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
              "num_key_value_heads")
     more = dict(tie_word_embeddings=False, pad_token_id=0, bos_token_id=1, eos_token_id=2) | more
     kind = more.pop("kind", "llama")
     out = AutoConfig.for_model(kind, **dict(zip(names, numbers)), **more, dtype="bfloat16")
     out.architectures = [f"{kind.capitalize()}ForCausalLM"]
+    if shape.endswith(FOUR):
+        from ftkit.quant.qtensor import quantization_config
+        out.quantization_config = quantization_config(4)
     return out
 
 
@@ -65,8 +72,27 @@ def draw(name, shape, seed, device):
     return t.cpu()
 
 
+def drawn(config, seed, device):
+    "(name, tensor) of all that is to be written."
+    four = getattr(config, "quantization_config", None)
+    known = {}
+    for name, shape in layout(config):
+        inside = re.fullmatch(r"(model\.layers\.\d+\.)(.+)", name)
+        if not (four and inside): yield name, draw(name, shape, seed, device); continue
+        at, part = inside.groups()
+        if part not in known: known[part] = in_four_bits(draw(name, shape, seed, device), device)
+        for end, t in known[part].items(): yield name + end, t
+
+
+def in_four_bits(t, device):
+    "The tensors of a matrix in four bits, by the ends of their names; others stay as they are."
+    if t.ndim < 2: return {"": t}
+    from ftkit.quant.qtensor import quantize
+    return quantize(t.to(device)).to("cpu").tensors("", "")
+
+
 def write_shards(folder, config, seed, device, limit):
-    "All tensors, in files of at most `limit` bytes unless one is larger."
+    "All tensors, in files of at most `limit` bytes unless one is larger, none twice in a file."
     from safetensors.torch import save_file
     where, shard, size, files = {}, {}, 0, []
 
@@ -76,9 +102,9 @@ def write_shards(folder, config, seed, device, limit):
         where.update(dict.fromkeys(shard, files[-1]))
         shard.clear()
     total = 0
-    for name, shape in layout(config):
-        t = draw(name, shape, seed, device)
-        if shard and size + t.nbytes > limit: flush(); size = 0
+    for name, t in drawn(config, seed, device):
+        again = any(t is other for other in shard.values())
+        if shard and (again or size + t.nbytes > limit): flush(); size = 0
         shard[name], size, total = t, size + t.nbytes, total + t.nbytes
     flush()
     index = dict(metadata=dict(total_size=total), weight_map=where)
@@ -118,7 +144,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder")
-    parser.add_argument("shape", choices=SHAPES)
+    parser.add_argument("shape", choices=[*SHAPES, *(name + FOUR for name in SHAPES)])
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
                         help="where to draw")

@@ -13,6 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+OURS = dict(adamw16="adamw_16bit", adamw8="adamw_8bit") # ftkit's alone
 GIB = 2**30
 
 
@@ -32,7 +33,9 @@ def arguments():
     add("--steps", type=int, default=6)
     add("--warmup", type=int, default=3)
     add("--r", type=int, default=16)
-    add("--opt", choices=("adamw", "paged8"), default="adamw")
+    add("--opt", choices=("adamw", "paged8", *OURS), default="adamw",
+        help="AdamW in the type of the weights, or paged in 8 bits; ftkit's own of 16 and 8")
+    add("--early", action="store_true", help="apply gradients inside backward, ftkit only")
     add("--mask", type=float, default=0., help="part of each row that is not learned")
     add("--cap", type=float, help="GiB that may be used")
     add("--parity", type=int, help="steps, of which everything is read")
@@ -69,8 +72,10 @@ def say(a, **values):
 
 
 def vocabulary(a):
-    config = json.loads((Path(a.ckpt)/"config.json").read_text())
-    return config["vocab_size"]
+    return config(a)["vocab_size"]
+
+
+def config(a): return json.loads((Path(a.ckpt)/"config.json").read_text())
 
 
 # ------------------------------------------------------------ the peers, in a plain loop
@@ -217,10 +222,11 @@ def run_ftkit(a):
     import ftkit as ft
     from functools import partial
     from ftkit.bench import Clock, times
+    from ftkit.fast import speed_up
     from ftkit.training.loop import Trainer
     from ftkit.training.plan import Plan, TrainConfig
     cuda = a.device.startswith("cuda")
-    bits = 4 if a.mode == "qlora" else None
+    bits = 4 if a.mode == "qlora" and "quantization_config" not in config(a) else None
     model = ft.load_model(a.ckpt, dtype="bf16", device=a.device, bits=bits)
     if a.mode == "full": model.requires_grad_(True)
     else: ft.add_lora(model, ft.LoraConfig(r=a.r, alpha=a.r))
@@ -233,19 +239,19 @@ def run_ftkit(a):
     for step in steps: # a row of one token that is not learned fills up
         while len(step) < batch: step.append(blank())
     again = {"0": False, "1": True, "auto": None}[a.gc]
-    if cuda and not ft.speed_up(model, compute="fp8" if a.mode == "fp8" else "auto"):
-        sys.exit("no fast path for this model")
-    cfg = TrainConfig(max_steps=len(steps), batch_size=batch, precision="bf16",
+    compute = "fp8" if a.mode == "fp8" else "auto"
+    if cuda and not ft.speed_up(model, compute=compute): sys.exit("no fast path for this model")
+    cfg = TrainConfig(max_steps=len(steps), batch_size=batch, precision="bf16", compute=compute,
                       log_every=1 if a.parity else len(steps), gradient_checkpointing=again,
-                      gpu_memory=f"{a.cap}GiB" if a.cap else None,
-                      compute="fp8" if a.mode == "fp8" else "auto")
+                      gpu_memory=f"{a.cap}GiB" if a.cap else None, step_in_backward=a.early)
     optim = ft.OptimConfig(lr=1e-4, schedule="constant", warmup_steps=0,
                            max_grad_norm=1e9 if a.parity else 0,
-                           optimizer="adamw" if a.opt == "adamw" else "paged_adamw_8bit")
+                           optimizer=dict(adamw="adamw", paged8="paged_adamw_8bit", **OURS)[a.opt])
     rows = in_order(steps, Plan(batch*len(steps), batch, seed=cfg.seed))
     clock = Clock(0 if a.parity else a.warmup, a.parity or a.steps)
     collate = partial(ft.collate, pad_id=0, mask=None)
-    trainer = Trainer(model, ft.SupervisedTuning(), rows, cfg, optim, collate, callbacks=[ft.FitMemory(), ft.StepGraphs(), clock])
+    trainer = Trainer(model, ft.SupervisedTuning(), rows, cfg, optim, collate,
+                      callbacks=[ft.FitMemory(), ft.StepGraphs(), clock])
     resident, loaded = torch.cuda.memory_allocated() if cuda else 0, time.perf_counter() - begin
     run = trainer.fit()
     real = [sum(len(ids) for ids, _ in step) for step in samples(a, vocabulary(a))]
@@ -265,7 +271,8 @@ def blank():
 
 def main():
     a = arguments()
-    if a.mode == "fp8" and a.peer != "ftkit": sys.exit("only ftkit has it")
+    if a.peer != "ftkit" and (a.mode == "fp8" or a.early or a.opt in OURS):
+        sys.exit("only ftkit has it")
     os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", UNSLOTH_DISABLE_STATISTICS="1",
                       TOKENIZERS_PARALLELISM="false")
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")

@@ -12,7 +12,8 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
 from ..core import FtkitError
-from .edges import SCRATCH, Moves, Scratch, dropped, product, unpack
+from .edges import (SCRATCH, Moves, Scratch, dropped, is_view, product, unpack,
+                                 weight_grads)
 from ..lora.layers import LoraLinear
 from ..quant.linear import QLinear
 
@@ -91,7 +92,7 @@ class Projection:
         self.matrix = self.views = self.moves = self.gathers = self.shared = None
         self.hooks,self.biased = [],any(p.base.bias is not None for p in self.parts)
 
-    why_not = staticmethod(why_not)
+    why_not,straight = staticmethod(why_not),False # the latter: see `weight_grads`
 
 # %% ../../nbs/68_kernels.lora.ipynb #aab52c89
 @patch(as_prop=True)
@@ -291,13 +292,13 @@ def _grads(self:Projection, dy, x, xa, dxa, seed):
     "Gradients of `trainable`, in its order."
     A,B,grads = None,None,[]
     if self.learns and xa is not None: A,B = self._factor_grads(dy, x, xa, dxa, seed)
-    if self._deferred: A,B = None,None
-    elif B is not None: B = self._blocks(B)
+    A,B = (None, None) if self._deferred or B is None else (A, self._blocks(B))
+    W = weight_grads(dy, x, [(p.rows, t) for p,n,t in self.trained if n == "weight"], self.straight)
     for p,name,param in self.trained:
         if name == "A": grad = None if A is None else A[p.ranks]
         elif name == "B": grad = None if B is None else next(B)
         elif name == "bias": grad = dy[:,p.rows].sum(0, dtype=torch.float32)
-        else: grad = product(dy[:,p.rows].T, x, param.dtype)
+        else: grad = next(W)
         grads.append(grad if grad is None or grad.dtype == param.dtype else grad.to(param.dtype))
     return tuple(grads)
 
@@ -367,9 +368,8 @@ def hold(self:Projection,
     plain = [p.base for p in self.parts if _is_plain(p.base, dtype)]
     frozen = all(type(p.base) is QLinear or not p.base.weight.requires_grad for p in self.parts)
     if len(plain) < len(self.parts) and not (cache and frozen): return False
-    if self.R and not frozen: return False # an optimizer wants contiguous weights
-    M = torch.zeros(self.N + self.R, self.K + self.R, dtype=dtype,
-                    device=_held(self.parts[0].base).device)
+    if not frozen and (self.R or any(is_view(p.weight) for p in plain)): return False
+    M = _held(self.parts[0].base).new_zeros(self.N + self.R, self.K + self.R, dtype=dtype)
     for p in self.parts:
         view = unpack(p.base, 0, p.base.out_features, M[p.rows,:self.K])
         if p.base in plain: self._move_in(p.base, view)

@@ -193,13 +193,23 @@ def clip_and_step(optimizer,
 # %% ../../nbs/62_training.optim.ipynb #d61b854a
 class StepInBackward:
     "Applies gradients as soon as backward has them, scaled by the norm of the step before."
+    ENOUGH = 2**25 # Bytes of gradients that are worth a launch
     def __init__(self,
                  optimizer,      # With `step_part`
                  max_norm:float): # 0 for no clipping
-        self.optimizer,self.max_norm = optimizer,max_norm
+        self.optimizer,self.max_norm,self.waiting = optimizer,max_norm,[]
         self.factor = torch.ones((), device=_all(optimizer.param_groups)[0].device)
 
-    def _apply(self, p): self.optimizer.step_part([p], self.factor)
+    def _apply(self, p):
+        "Let a gradient wait until there are enough for a launch, at most until backward ends."
+        if not self.waiting:
+            torch.autograd.Variable._execution_engine.queue_callback(self._step)
+        self.waiting.append(p)
+        if sum(q.grad.nbytes for q in self.waiting) >= self.ENOUGH: self._step()
+
+    def _step(self):
+        waiting,self.waiting = self.waiting,[]
+        if waiting: self.optimizer.step_part(waiting, self.factor)
 
     @contextmanager
     def hooks(self):
@@ -208,6 +218,7 @@ class StepInBackward:
                  for p in _all(self.optimizer.param_groups)]
         try: yield
         finally:
+            self.waiting = []
             for h in hooks: h.remove()
 
     def finish(self)->torch.Tensor: # 0-d
