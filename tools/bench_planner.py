@@ -109,7 +109,8 @@ def main():
         ratio = said.bytes/found
         bad += not 0.95 <= ratio <= 1.05
         print(f"{name:9} {wanted:7} measured {found/2**30:7.3f}  "
-              f"predicted {said.bytes/2**30:7.3f} GiB  {ratio:5.3f}  {speed:8,.0f} tokens/s  {plan!r}", flush=True)
+              f"predicted {said.bytes/2**30:7.3f} GiB  {ratio:5.3f}  "
+              f"{speed:8,.0f} tokens/s  {plan!r}", flush=True)
         print("   ", said, flush=True)
     return bool(bad) and device.type == "cuda"
 
