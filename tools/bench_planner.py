@@ -3,13 +3,13 @@
     python tools/bench_planner.py                       all rows; needs a GPU of 80 GB
     python tools/bench_planner.py --only qlora --plans none,most
     python tools/bench_planner.py --shape llama3_8b --batch 4 --length 2048
-    python tools/bench_planner.py --tiny                tiny models on a CPU, in seconds; checks nothing
+    python tools/bench_planner.py --tiny                tiny models on a CPU; checks nothing
 
-A model of the shape is filled with random weights on the device. For each plan two steps are taken;
-what stands there is torch's `max_memory_allocated` of the second, what was predicted, their ratio and
-the tokens a second. Plans are levels of saving, `host` and `pieces` for the last rungs of the ladder,
-or memory such as 12GB, for which the planner chooses. With ratios outside of 0.95 to 1.05 the exit
-code is 1.
+A model of the shape is filled with random weights on the device. For each plan two steps are
+taken; what stands there is torch's `max_memory_allocated` of the second, what was predicted, their
+ratio and the tokens a second. Plans are levels of saving, `host` and `pieces` for the last rungs of
+the ladder, or memory such as 12GB, for which the planner chooses. With ratios outside of 0.95 to
+1.05 the exit code is 1.
 """
 import argparse, gc, os, sys, time
 from dataclasses import replace
@@ -35,7 +35,8 @@ PLANS = "none,some,much,most,host,pieces,24GB,12GB"
 def place(plan, name):
     "Go to the rung that a name means."
     levels = [[s.level for s in r.saving] for r in plan.rungs]
-    if name in ("none", "some", "much", "most"): plan.at = next(i for i, l in enumerate(levels) if set(l) == {name})
+    if name in ("none", "some", "much", "most"):
+        plan.at = next(i for i, l in enumerate(levels) if set(l) == {name})
     elif name == "host": plan.at = next(i for i, r in enumerate(plan.rungs) if r.saving[0].host)
     elif name == "pieces": plan.at = len(plan.rungs) - 1
     else: plan.budget = int(memory_bytes(name) - CUDA); plan.settle()
@@ -50,7 +51,8 @@ def steps(model, optimizer, ids, half):
         if cuda: torch.cuda.synchronize(); torch.cuda.reset_peak_memory_stats()
         start = time.perf_counter()
         with Tally() if not cuda else torch.autograd.set_grad_enabled(True) as tally:
-            with torch.autocast(ids.device.type, dtype=half, enabled=cuda): loss, _ = objective(model, batch)
+            with torch.autocast(ids.device.type, dtype=half, enabled=cuda):
+                loss, _ = objective(model, batch)
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
@@ -73,13 +75,15 @@ def rows(args, device):
         ids = torch.randint(0, model.config.vocab_size, (args.batch, args.length), device=device)
         for wanted in args.plans.split(","):
             sweep()
-            plan = plan_memory(model, ids.numel(), dtype=half, optimizer=optimizer if optimizer.state else args.optimizer)
+            state = optimizer if optimizer.state else args.optimizer
+            plan = plan_memory(model, ids.numel(), dtype=half, optimizer=state)
             place(plan, wanted)
             apply_plan(model, plan)
             found, seconds = steps(model, optimizer, ids, half)
             apply_plan(model, None)
             said = plan.peak_at(plan.at)
-            if not ids.is_cuda: found += sum(said.parts[k] for k in ("weights", "optimizer", "unpacked"))
+            if not ids.is_cuda:
+                found += sum(said.parts[k] for k in ("weights", "optimizer", "unpacked"))
             yield name, wanted, plan, said, found, ids.numel()/seconds
         del model, optimizer
         gc.collect()
@@ -87,7 +91,8 @@ def rows(args, device):
 
 
 def main():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(description=__doc__,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--only", default="qlora,lora")
     p.add_argument("--plans", default=PLANS)
     p.add_argument("--shape", default="llama3_8b")
@@ -103,7 +108,8 @@ def main():
     for name, wanted, plan, said, found, speed in rows(args, device):
         ratio = said.bytes/found
         bad += not 0.95 <= ratio <= 1.05
-        print(f"{name:9} {wanted:7} measured {found/2**30:7.3f}  predicted {said.bytes/2**30:7.3f} GiB  {ratio:5.3f}  "
+        print(f"{name:9} {wanted:7} measured {found/2**30:7.3f}  "
+              f"predicted {said.bytes/2**30:7.3f} GiB  {ratio:5.3f}  "
               f"{speed:8,.0f} tokens/s  {plan!r}", flush=True)
         print("   ", said, flush=True)
     return bool(bad) and device.type == "cuda"
