@@ -217,8 +217,8 @@ class Fast:
     def __init__(self, inner, saving, compute, hold, defer):
         self.inner,self.saving,self.compute = inner,saving,compute
         self.dtype = None if compute in COMPUTE else pick_dtype(compute)
-        self.call,self.away,self.parts,self.told = None,None,[],set()
-        self.hold,self.held,self.defer,self.edges = hold,None,defer,None
+        self.call,self.away,self.parts,self.told,self.hold = None,None,[],set(),hold
+        self.held,self.defer,self.edges,self.waits = None,defer,None,True
         self.build()
 
     def build(self):
@@ -247,20 +247,28 @@ class Fast:
 @patch
 def take_hold(self:Fast, dtype):
     "Let the projections hold their weights of this type in one matrix."
-    if self.held == dtype or not self.hold: return
+    if self.held == dtype or not self.hold: return self.wait(True)
     if self.edges: self.edges.close()
-    for p in (p for part in self.parts for p in part.projections):
-        p.release()
-        p.hold(dtype)
-    self.held,self.watch = dtype,Watch(self.inner.layers)
-    self.edges = Edges([p for part in self.parts for p in part.projections], self.defer)
+    for p in self.all(): p.release(); p.hold(dtype)
+    self.held,self.waits,self.watch = dtype,True,Watch(self.inner.layers)
+    self.edges = Edges(self.all(), self.defer)
+
+@patch
+def all(self:Fast): return [p for part in self.parts for p in part.projections]
+
+@patch
+def wait(self:Fast, wanted):
+    "Let weights that have codes wait on the host, or have them where modules compute with them."
+    if self.compute != "fp8" or self.held is None or self.waits == wanted: return
+    for p in self.all(): (p.send if wanted else p.fetch)()
+    self.waits,self.watch = wanted,Watch(self.inner.layers)
 
 @patch
 def let_go(self:Fast):
     "Give all modules their own memory back."
     if self.edges: self.edges.close()
-    for p in (p for part in self.parts for p in part.projections): p.release()
-    self.parts,self.held,self.edges = [],None,None
+    for p in self.all(): p.release()
+    self.parts,self.held,self.edges,self.waits = [],None,None,True
 
 # %% ../nbs/74_fast.ipynb #fd16d16f
 KNOWN_ATTENTION = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
@@ -298,7 +306,7 @@ def run(self:Fast, *args, **kw):
     if args and "input_ids" not in kw: kw["input_ids"],args = args[0],args[1:]
     x = kw.get("input_ids") if kw.get("input_ids") is not None else kw.get("inputs_embeds")
     rows = None if args or x is None else self.rows(x, kw)
-    if rows is None: return ordinary(*args, **kw)
+    if rows is None: self.wait(False); return ordinary(*args, **kw)
     if self.away is None and any(p.saving.host for p in self.parts): self.away = Away(x.device)
     self.call = Call(rows, self.dtype, away=self.away)
     mask = x.new_zeros(1, 1, 1, 1, dtype=torch.bool) # four dimensions: none is made of it
@@ -341,8 +349,9 @@ def _inner_forward(self, *args, **kw): return self.__dict__["_fast"].run(*args, 
 
 def _layer_forward(self, hidden_states, *args, **kw):
     fast,i = self.__dict__["_fast"]
-    if fast.call is None: return type(self).forward(self, hidden_states, *args, **kw)
-    return fast.layer(i, self, hidden_states, **kw)
+    if fast.call is not None: return fast.layer(i, self, hidden_states, **kw)
+    fast.wait(False)
+    return type(self).forward(self, hidden_states, *args, **kw)
 
 def _norm_forward(self, x):
     fast = self.__dict__["_fast"]

@@ -57,9 +57,7 @@ def _onto(x, y, factor, out): return torch.add(x, y, alpha=factor, out=out)
 def _project_onto(p, x, residual, factor, out, seed, more):
     "Into `out`: residual + factor·(what a projection says); xa."
     if not _eight(p): return p.project(x, out, seed, residual, factor)[1]
-    y,xa = p.project(x, None, seed, **more)
-    _onto(residual, y, factor, out)
-    return xa
+    return p.project_onto(x, residual, factor, out, seed, **more)
 
 # %% ../nbs/72_stream.ipynb #0751403c
 def _behind(half, dy, kept, projection, wide):

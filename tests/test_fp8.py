@@ -9,13 +9,13 @@ if not torch.cuda.is_available(): os.environ.setdefault("TRITON_INTERPRET", "1")
 from torch import nn
 from torch.testing import assert_close
 from ftkit.core import FtkitError
-from ftkit.kernels.eight import (EightProjection, eight_why_not, glu_backward_codes, glu_codes,
-                                 rms_codes)
+from ftkit.kernels.eight import EightProjection, eight_why_not, rms_codes
 from ftkit.kernels.fp8 import (qtensor_scales, qtensor_to_fp8, quantize_rows, scaled_linear,
                                transpose_codes, why_not_fp8)
 from ftkit.kernels.glu import glu_backward, glu_forward
 from ftkit.kernels.launch import capability, interpreted
 from ftkit.kernels.lora import Projection
+from ftkit.kernels.middle import glu_backward_codes, glu_codes
 from ftkit.kernels.norm import rms_forward
 from ftkit.lora.layers import LoraLinear
 from ftkit.quant.fp8 import E4M3, fp8_product, from_fp8, row_scales, to_fp8

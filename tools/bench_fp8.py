@@ -21,7 +21,8 @@ def randn(*shape, scale=1.): return scale*torch.randn(*shape, device="cuda", dty
 
 def check():
     "The compiled kernels beside the formulas."
-    from ftkit.kernels.eight import glu_backward_codes, glu_codes, rms_codes
+    from ftkit.kernels.eight import rms_codes
+    from ftkit.kernels.middle import glu_backward_codes, glu_codes
     from ftkit.kernels.fp8 import qtensor_scales, qtensor_to_fp8, quantize_rows, scaled_linear
     from ftkit.kernels.glu import glu_backward
     from ftkit.quant.fp8 import fp8_product, from_fp8, to_fp8
@@ -49,7 +50,8 @@ def check():
 
 
 def passes(T, bench):
-    from ftkit.kernels.eight import glu_backward_codes, glu_codes, rms_codes
+    from ftkit.kernels.eight import rms_codes
+    from ftkit.kernels.middle import glu_backward_codes, glu_codes
     from ftkit.kernels.fp8 import qtensor_scales, qtensor_to_fp8, quantize_rows, transpose_codes
     from ftkit.kernels.glu import glu_backward, glu_forward
     from ftkit.kernels.norm import rms_forward

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['glu_codes', 'glu_backward_codes']
 
-# %% ../../nbs/70_kernels.middle.ipynb #93a0b597
+# %% ../../nbs/70_kernels.middle.ipynb #9e9fafd6
 import torch
 from torch import Tensor
 from .fp8 import _row_scale, quantize_rows, writes_fp8
@@ -14,7 +14,7 @@ from .launch import dot_precision, jit, on, row_stride, tl, triton
 from .norm import fits_kernels
 from ..quant.fp8 import E4M3
 
-# %% ../../nbs/70_kernels.middle.ipynb #d928ea97
+# %% ../../nbs/70_kernels.middle.ipynb #b2068d4a
 RANKS = 64 # Of a half; more would take longer to multiply here than a product by itself
 
 @jit
@@ -29,7 +29,7 @@ def _store(start, rows, stride, cols, row_end, col_end, v):
     tl.store(start + rows.to(tl.int64)[:, None]*stride + cols[None, :],
              v.to(start.dtype.element_ty), mask=there)
 
-# %% ../../nbs/70_kernels.middle.ipynb #4b83ef80
+# %% ../../nbs/70_kernels.middle.ipynb #58e7ed95
 @jit
 def _middle_kernel(gate, up, xg, bg, xu, bu, a, h, tops, sums, rows, width, ranks, inner, gs, xs,
                    bs, ds, hs, ACT:tl.constexpr, RANK:tl.constexpr, INNER:tl.constexpr,
@@ -55,7 +55,7 @@ def _middle_kernel(gate, up, xg, bg, xu, bu, a, h, tops, sums, rows, width, rank
     tl.store(tops + row, largest, mask=r < rows)
     if INNER: _store(sums, row, inner, i, rows*tl.num_programs(1), inner, total)
 
-# %% ../../nbs/70_kernels.middle.ipynb #d5d3a502
+# %% ../../nbs/70_kernels.middle.ipynb #b49d52dd
 @jit
 def _finish_kernel(x, factors, tops, sums, codes, scales, out, width, parts, inner, stride, cs,
                    FACTORS:tl.constexpr, PARTS:tl.constexpr, INNER:tl.constexpr,
@@ -73,7 +73,7 @@ def _finish_kernel(x, factors, tops, sums, codes, scales, out, width, parts, inn
             s = _load(sums + row*parts*inner, p, inner, i, parts, inner)
             tl.store(out + row*inner + i, tl.sum(s, 0).to(out.dtype.element_ty), mask=i < inner)
 
-# %% ../../nbs/70_kernels.middle.ipynb #34d19faf
+# %% ../../nbs/70_kernels.middle.ipynb #f491c10c
 def _fits(x): return fits_kernels(x) and writes_fp8(x)
 
 def _room(x, width, codes, scales):
@@ -83,13 +83,13 @@ def _room(x, width, codes, scales):
 
 def _block(ranks): return max(16, triton.next_power_of_2(ranks)) if ranks else 0
 
-def _cut(half, inner):
+def _cut(half, inner, most):
     "Grid and tiles of the first pass; its largest numbers and its sums."
-    (rows,width),m,n = half.shape,32,128
-    steps = min(16 if rows > 4096 else 8, triton.cdiv(width, n))
+    (rows,width),m,n = half.shape,64,64 if most <= 16 else 32 # more would not fit in registers
+    steps = min(1024 if rows > 4096 else 512, triton.next_power_of_2(width))//n or 1
     grid = triton.cdiv(rows, m),triton.cdiv(width, n*steps)
     new = lambda *shape: torch.empty(shape, dtype=torch.float32, device=half.device)
-    how = dict(M=m, N=n, STEPS=steps, HOW=dot_precision(half), num_warps=8, num_stages=2)
+    how = dict(M=m, N=n, STEPS=steps, HOW=dot_precision(half), num_warps=4, num_stages=2)
     return grid, how, new(rows, grid[1]), new(rows*grid[1], inner) if inner else None
 
 def _finish(x, factors, tops, sums, codes, scales):
@@ -104,7 +104,7 @@ def _finish(x, factors, tops, sums, codes, scales):
         BLOCK=block, num_warps=max(1, min(8, block//512)))
     return out
 
-# %% ../../nbs/70_kernels.middle.ipynb #171622bf
+# %% ../../nbs/70_kernels.middle.ipynb #13562dc4
 def _sides(beside, x):
     "Tensors, strides and the rank of a pair for each half; whether the halves have their own."
     if beside is None: return (x, x, x, x), (0, 0), 0, False
@@ -124,7 +124,7 @@ def _joined(gate_up, beside, up_first):
     for half,(x,b) in zip(_halves(out, "silu", up_first), beside): half.addmm_(x, b.T)
     return out
 
-# %% ../../nbs/70_kernels.middle.ipynb #63109413
+# %% ../../nbs/70_kernels.middle.ipynb #83368cd0
 def glu_codes(gate_up:Tensor,      # [tokens, 2*width]: gate, then up
               act:str="silu",      # "silu", "gelu_tanh" or "gelu"
               out:Tensor=None,     # [tokens, width], where the result goes
@@ -143,7 +143,7 @@ def glu_codes(gate_up:Tensor,      # [tokens, 2*width]: gate, then up
         glu_forward(_joined(gate_up, beside, up_first), act, h, up_first)
         quantize_rows(h, codes=codes, scales=scales)
         return (h, codes, scales, h @ inner.T) if n else (h, codes, scales)
-    grid,how,tops,sums = _cut(gate, n)
+    grid,how,tops,sums = _cut(gate, n, ranks)
     with on(gate):
         _middle_kernel[grid](gate, up, *tensors, inner if n else gate, h, tops, sums if n else gate,
                              *gate.shape, ranks, n, row_stride(gate_up), *strides,
@@ -152,7 +152,7 @@ def glu_codes(gate_up:Tensor,      # [tokens, 2*width]: gate, then up
         xa = _finish(h, None, tops, sums, codes, scales)
     return (h, codes, scales, xa) if n else (h, codes, scales)
 
-# %% ../../nbs/70_kernels.middle.ipynb #847234b7
+# %% ../../nbs/70_kernels.middle.ipynb #1bbee6e2
 @jit
 def _middle_back_kernel(dh, gate, up, xg, bg, xu, bu, xd, a, dgate, dup, h, fg, fu, tops, sums,
                         rows, width, ranks, inner, down, gs, xs, bs, ds, xds, as_, os, hs,
@@ -187,7 +187,7 @@ def _middle_back_kernel(dh, gate, up, xg, bg, xu, bu, xd, a, dgate, dup, h, fg, 
     if RANK: _store(sums, row, inner, k, rows*tl.num_programs(1), ranks, total)
     if RANK and OWN: _store(sums + ranks, row, inner, k, rows*tl.num_programs(1), ranks, more)
 
-# %% ../../nbs/70_kernels.middle.ipynb #830c6827
+# %% ../../nbs/70_kernels.middle.ipynb #f3417f3a
 @jit
 def _three(dh, gate, up, r, at, ds, gs, rows, width):
     return (_load(dh, r, ds, at, rows, width).to(tl.float32),
@@ -203,7 +203,7 @@ def _largest(u, g, dgate, dup, fg, fu, r, os, at, rows, width):
     g = tl.abs(g.to(tl.float32)*tl.load(fu + at, mask=at < width, other=0.)[None, :])
     return tl.max(tl.maximum(u, g), 1)
 
-# %% ../../nbs/70_kernels.middle.ipynb #f685b8b1
+# %% ../../nbs/70_kernels.middle.ipynb #5404e043
 def glu_backward_codes(dh:Tensor,           # Gradient of the result, [tokens, width]
                        gate_up:Tensor,      # As given to `glu_codes`, [tokens, 2*width]
                        factors:Tensor,      # Of the gradient's columns, [2*width], float32
@@ -229,7 +229,7 @@ def glu_backward_codes(dh:Tensor,           # Gradient of the result, [tokens, w
     else: dx = _back(dh, gate, up, factors, act, out, h, up_first, codes, scales, sides, added)
     return (out, codes, scales, dx) if beside else (out, codes, scales)
 
-# %% ../../nbs/70_kernels.middle.ipynb #0e63ab69
+# %% ../../nbs/70_kernels.middle.ipynb #430fc572
 def _inner(halves, beside, own):
     "Gradient·b: side by side if the halves have ranks of their own, otherwise added."
     if beside is None: return None
@@ -241,7 +241,7 @@ def _back(dh, gate, up, factors, act, out, h, up_first, codes, scales, sides, ad
     (dgate,dup),(fg,fu) = (_halves(t, act, up_first) for t in (out, factors[None]))
     xd,a = added or (dh, dh)
     inner,down,again = ranks*(1 + own),len(a) if added else 0,h is not None
-    grid,how,tops,sums = _cut(gate, inner)
+    grid,how,tops,sums = _cut(gate, inner, max(ranks, down))
     more = row_stride(dh), row_stride(xd), row_stride(a), row_stride(out), row_stride(h) if again else 0
     with on(gate):
         _middle_back_kernel[grid](
