@@ -160,6 +160,47 @@ def test_the_gated_middle_with_codes(act, width):
         same(codes, to_fp8(d, factors), 0.99)
 
 
+def pairs(width, ranks, own, dtype):
+    "What LoRA adds to gate and up: a pair for each half, and gate and up of that alone."
+    x, b = randn(70, 2*ranks, seed=5, dtype=dtype), randn(2*width, 2*ranks, seed=6, dtype=dtype)/4
+    if not own: return [(x, b[:width]), (x, b[width:])], x.double() @ b.double().T
+    (xg, xu), (bg, bu) = x.split(ranks, 1), (b[:width, :ranks], b[width:, ranks:])
+    return [(xg, bg), (xu, bu)], torch.cat([xg.double() @ bg.double().T,
+                                            xu.double() @ bu.double().T], 1)
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float16))
+@pytest.mark.parametrize("own", (True, False))
+@pytest.mark.parametrize("width, ranks, down", ((100, 8, 5), (200, 16, 16), (48, 24, 40)))
+def test_products_within(width, ranks, down, own, dtype):
+    "Against float64, with rows apart, forward and back in place."
+    room = randn(70, 2*width + 24, dtype=dtype)
+    gate_up, dh = room[:, 8:2*width + 8], randn(70, width, seed=1, dtype=dtype)
+    beside, lora = pairs(width, ranks, own, dtype)
+    a, dxa = randn(down, width, seed=3, dtype=dtype)/4, randn(70, down, seed=4, dtype=dtype)
+    factors = randn(2*width, seed=2).abs()
+    whole = gate_up.double() + lora
+    with kernels(): h, codes, scales, xa = glu_codes(
+        gate_up, beside=beside, inner=a, codes=dh.new_empty(70, width, dtype=torch.float32))
+    close = dict(rtol=1e-4, atol=1e-3) if dtype == torch.float32 else dict(rtol=4e-3, atol=2e-2)
+    exact = glu_forward(whole)
+    assert_close(h.double(), exact, **close)
+    assert off(xa, exact @ a.double().T) < (1e-5 if dtype == torch.float32 else 2e-3)
+    same((codes, scales), to_fp8(h), 0.99)
+    again, given = torch.empty_like(dh), gate_up.clone()
+    with kernels(): d, codes, scales, dx = glu_backward_codes(
+        dh, gate_up, factors, out=gate_up, h=again, beside=beside, added=(dxa, a),
+        codes=dh.new_empty(70, 2*width, dtype=torch.float32))
+    theirs = glu_backward(dh.double() + dxa.double() @ a.double(), whole)
+    assert d is gate_up and off(d, theirs) < (1e-5 if dtype == torch.float32 else 2e-3)
+    assert_close(again.double(), exact, **close)
+    each = [t @ b.double() for t, (_, b) in zip(theirs.chunk(2, 1), beside)]
+    assert off(dx, torch.cat(each, 1) if own else sum(each)) < 3e-3
+    same((codes, scales), to_fp8(d, factors), 0.99)
+    plain = glu_backward_codes(dh, given, factors, beside=beside, added=(dxa, a))
+    assert off(plain[0], theirs) < 3e-3 and off(plain[3], dx) < 3e-3
+
+
 @cuda
 def test_compiled_kernels_round_as_pytorch():
     x = randn(300, 4096, dtype=torch.bfloat16)
@@ -188,8 +229,9 @@ COMPILED = """
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from ftkit.kernels.eight import _glu_back_codes_kernel, _glu_codes_kernel, _norm_codes_kernel
+from ftkit.kernels.eight import _norm_codes_kernel, _onto_kernel
 from ftkit.kernels.fp8 import _rows_kernel, _turn_kernel, _turned_kernel, _wide_rows_kernel
+from ftkit.kernels.middle import _finish_kernel, _middle_back_kernel, _middle_kernel
 
 def compiled(kernel, types, warps=8, arch=90, **constants):
     types = dict(t.split(":") for t in types.split())
@@ -208,12 +250,26 @@ compiled(_turned_kernel, "codes:*i32 absmax:*u8 nested:*fp32 offset:*fp32 values
 norm = compiled(_norm_codes_kernel, "x:*bf16 residual:*bf16 weight:*bf16 y:*bf16 summed:*bf16 "
     "inverse:*fp32 codes:*fp8e4nv scales:*fp32 eps:fp32 scale:fp32 width:i32 xs:i32 rs:i32 ys:i32 "
     "ss:i32 cs:i32", 4, BLOCK=4096, PLUS=0., ADD=True)
-compiled(_glu_codes_kernel, "gate:*bf16 up:*bf16 h:*bf16 codes:*fp8e4nv scales:*fp32 gs:i32 hs:i32 "
-         "cs:i32 width:i32", 16, ACT="silu", BLOCK=16384)
-back = compiled(_glu_back_codes_kernel, "dh:*bf16 gate:*bf16 up:*bf16 dgate:*bf16 dup:*bf16 "
-    "h:*bf16 factors:*fp32 factors_up:*fp32 codes:*fp8e4nv codes_up:*fp8e4nv scales:*fp32 ds:i32 gs:i32 "
-    "os:i32 hs:i32 cs:i32 width:i32", 16, ACT="silu", BLOCK=16384, AGAIN=True)
-for k in norm, back: assert "e4m3x2.f32" in k.asm["ptx"]
+def typed(kernel, **types):
+    return " ".join(f"{n}:{types.get(n, 'i32')}" for n in kernel.arg_names if not n.isupper())
+
+bf16 = lambda names: dict.fromkeys(names.split(), "*bf16")
+more = dict(factors="*fp32", fg="*fp32", fu="*fp32", tops="*fp32", sums="*fp32", scales="*fp32")
+low = dict(HOW="ieee", M=64, N=64)
+back = typed(_middle_back_kernel, **bf16("dh gate up xg bg xu bu xd a dgate dup h"), **more)
+for arch in 89, 90: # of 64 ranks too, with what an RTX 4090 has in shared memory
+    made = compiled(_middle_back_kernel, back, 4, arch, ACT="silu", RANK=64, DOWN=64, OWN=False,
+                    AGAIN=True, STEPS=16, **low | dict(N=32))
+    assert made.metadata.shared < 101376
+compiled(_middle_back_kernel, back, 4, ACT="silu", RANK=16, DOWN=16, OWN=True, AGAIN=True, STEPS=16,
+         **low)
+compiled(_middle_kernel, typed(_middle_kernel, **bf16("gate up xg bg xu bu a h"), **more), 4,
+         ACT="silu", RANK=16, INNER=16, STEPS=16, **low)
+compiled(_onto_kernel, typed(_onto_kernel, factor="fp32", **bf16("y x b residual out")), 4, RANK=16,
+         **low)
+last = compiled(_finish_kernel, typed(_finish_kernel, codes="*fp8e4nv", **bf16("x out"), **more),
+                FACTORS=True, PARTS=16, INNER=32, BLOCK=4096)
+for k in norm, last: assert "e4m3x2.f32" in k.asm["ptx"]
 print("compiled")
 """
 
@@ -356,6 +412,73 @@ def test_a_model_computed_by_hand(quantized, hold):
         found.append((loss, torch.cat(grads)))
     (loss, grads), (loss8, grads8) = found
     assert loss8.item() == pytest.approx(loss.item(), rel=2e-3) and off(grads8, grads) < 0.08
+
+
+def small_model(r=4, **how):
+    from transformers import LlamaConfig, LlamaForCausalLM
+    from ftkit.lora.inject import LoraConfig, add_lora
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(
+        vocab_size=128, hidden_size=64, intermediate_size=160, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2)).to(DEVICE)
+    add_lora(model, LoraConfig(r=r, alpha=2*r, **how))
+    for name, p in model.named_parameters():
+        if name.endswith(".B"): nn.init.normal_(p, std=0.02)
+    return model.train()
+
+
+def step(model):
+    ids = torch.arange(30, device=DEVICE).view(2, 15)*7 % 128
+    model.zero_grad()
+    loss = model(input_ids=ids, labels=ids).loss
+    loss.backward()
+    return loss.detach(), torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
+
+
+@pytest.mark.parametrize("how", (dict(r=8), dict(r=3), dict(r=80), dict(r=8, dropout=0.3),
+                                 dict(r=8, targets=["up_proj", "q_proj"])), ids=str)
+def test_products_within_change_no_gradient(how, monkeypatch):
+    "The same with LoRA's products by themselves, whatever the ranks; and within kernels."
+    from ftkit.fast import speed_up
+    model, found = small_model(**how), []
+    speed_up(model, compute="fp8")
+    for apart in True, False:
+        if not apart: monkeypatch.setattr(EightProjection, "apart", False)
+        torch.manual_seed(1)
+        found.append(step(model))
+    (loss, grads), (loss2, grads2) = found
+    assert loss.item() == pytest.approx(loss2.item(), rel=1e-4) and off(grads, grads2) < 0.01
+    monkeypatch.undo()
+    if how != dict(r=8): return
+    with kernels(): loss, grads = step(model)
+    assert loss.item() == pytest.approx(loss2.item(), rel=5e-3) and off(grads, grads2) < 0.15
+
+
+def test_weights_wait_while_they_have_codes(monkeypatch):
+    from ftkit import fast
+    class Waiting(EightProjection):
+        def __init__(self, modules): super().__init__(modules, wait=True)
+    monkeypatch.setitem(fast.COMPUTE, "fp8", Waiting)
+    model = small_model()
+    before = {n: t.clone() for n, t in model.state_dict().items()}
+    weight = model.model.layers[0].mlp.down_proj.base.weight
+    places = [weight.data_ptr()]
+    fast.speed_up(model, compute="fp8", hold=True)
+    def note():
+        places.append(weight.data_ptr())
+        for n, t in model.state_dict().items(): assert torch.equal(t, before[n]), n
+    loss, grads = step(model); note()
+    part = model.model.layers[0].__dict__["_fast"][0].parts[0]
+    with torch.no_grad():  # an ordinary call, which multiplies by the weights themselves
+        for _ in range(2): model(input_ids=torch.tensor([[1, 2]], device=DEVICE), use_cache=True)
+    note()
+    again = step(model); note()
+    assert torch.equal(again[0], loss) and torch.equal(again[1], grads)
+    assert part is model.model.layers[0].__dict__["_fast"][0].parts[0]  # the codes are the same
+    assert places[1] == places[3] != places[2]
+    if GPU: assert weight.device.type == "cpu"
+    fast.slow_down(model); note()
+    assert weight.device.type == DEVICE and not part.mlp.down.copies
 
 
 def losses(kind, steps, device=DEVICE):

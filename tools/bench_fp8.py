@@ -62,6 +62,9 @@ def passes(T, bench):
     scales = qtensor_scales(q)
     codes = qtensor_to_fp8(q, scales)
     turned = codes.new_empty(D, 2*F)
+    xa, sB, A, dxa = randn(T, 32), randn(2*F, 32, scale=0.02), randn(16, F, scale=0.02), randn(T, 16)
+    pairs = (xa[:, :16], sB[:F, :16]), (xa[:, 16:], sB[F:, 16:])
+    lora, back = dict(beside=pairs, inner=A), dict(beside=pairs, added=(dxa, A))
     td, tf, n = T*D, T*F, 2*F*D
     runs = {"copy": (lambda: wide.copy_(gate_up), 8*tf),
             "rows of 4096": (lambda: quantize_rows(x), 3*td),
@@ -70,10 +73,15 @@ def passes(T, bench):
             "norm alone": (lambda: rms_forward(x, weight, 1e-6, residual=r, summed=r), 8*td),
             "norm and codes": (lambda: rms_codes(x, weight, 1e-6, residual=r, summed=r), 9*td),
             "glu alone": (lambda: glu_forward(gate_up, out=h), 6*tf),
-            "glu and codes": (lambda: glu_codes(gate_up, out=h), 7*tf),
+            "glu and codes": (lambda: glu_codes(gate_up, out=h), 9*tf),
             "glu back alone": (lambda: glu_backward(h, gate_up, out=wide), 10*tf),
-            "glu back and codes": (lambda: glu_backward_codes(h, gate_up, factors, out=wide),
-                                   12*tf),
+            "glu back and codes": (lambda: glu_backward_codes(h, gate_up, factors, out=wide, h=h),
+                                   18*tf),
+            "glu, LoRA, codes": (lambda: glu_codes(gate_up, out=h, **lora), 9*tf),
+            "glu back, LoRA, codes": (lambda: glu_backward_codes(h, gate_up, factors, out=wide, h=h,
+                                                                 **back), 18*tf),
+            "LoRA added to gate and up": (lambda: wide.addmm_(xa, sB.T), 8*tf),
+            "LoRA added to dh": (lambda: h.addmm_(dxa, A), 4*tf),
             "nf4 to e4m3": (lambda: qtensor_to_fp8(q, scales, codes), 1.53*n),
             "nf4 to e4m3, turned": (lambda: qtensor_to_fp8(q, scales, turned, True), 1.53*n),
             "codes turned": (lambda: transpose_codes(codes, turned), 2*n)}

@@ -114,10 +114,9 @@ class EightProjection(Projection):
             raise FtkitError(f"{keep!r} is no way to keep codes", where="keep",
                              fix="Use 'both', 'one' or 'none'")
         self.state = self.scales = None
-        self.device = _memory(self.parts[0].base).device
+        self.device,self.held,self.copies,self.sent = _memory(self.parts[0].base).device,{},{},False
         able = self.keep == "both" and self.back and not self.quantized
         self.wait = able and (self.device.type != "cpu" if wait is None else wait)
-        self.held,self.copies,self.sent = {},{},False
 
     why_not = staticmethod(eight_why_not)
 
@@ -201,30 +200,6 @@ def release(self:EightProjection)->None:
     self.fetch()
     self.state = self.scales = self.views = self.matrix = None
     self.held,self.copies = {},{}
-
-# %% ../../nbs/71_kernels.eight.ipynb #8f492321
-@patch
-def send(self:EightProjection)->None:
-    "Let the weights in sixteen bits wait on the host."
-    if not self.wait or self.sent: return
-    same,self.sent = self.state == self._state(),True
-    for base in (p.base for p in self.parts if type(p.base) is nn.Linear):
-        if not same or base not in self.copies: self.copies[base] = _on_host(base.weight.detach())
-        base.weight.data = self.copies[base]
-    if same: self.state = self._state() # otherwise the codes are made anew
-
-def _on_host(w): return w.to("cpu") if w.device.type != "cpu" else w.clone()
-
-@patch
-def fetch(self:EightProjection)->None:
-    "Have the weights where modules compute with them."
-    if not self.sent: return
-    same,self.sent = self.state == self._state(),False
-    for base,copy in self.copies.items():
-        if base.weight.data_ptr() == copy.data_ptr(): base.weight.data = _there(copy, self.device)
-    if same: self.state = self._state()
-
-def _there(w, device): return w.to(device) if device.type != "cpu" else w.clone()
 
 # %% ../../nbs/71_kernels.eight.ipynb #e28d31d3
 @patch
@@ -324,6 +299,7 @@ def _onto_kernel(y, x, b, residual, out, rows, width, ranks, factor, ys, xs, bs,
     v = v*factor + _load(residual, r, rs, at, rows, width).to(tl.float32)
     _store(out, r, os, at, rows, width, v)
 
+# %% ../../nbs/71_kernels.eight.ipynb #ea489fd6
 @patch
 def project_onto(self:EightProjection, x:Tensor, residual:Tensor, factor:float, out:Tensor,
                  seed:int=None, **more)->Tensor: # xa
@@ -337,3 +313,27 @@ def project_onto(self:EightProjection, x:Tensor, residual:Tensor, factor:float, 
                                    *strides, RANK=_block(self.R), HOW=dot_precision(y), M=64, N=64,
                                    num_warps=4)
     return xa
+
+# %% ../../nbs/71_kernels.eight.ipynb #8f492321
+@patch
+def send(self:EightProjection)->None:
+    "Let the weights in sixteen bits wait on the host."
+    if not self.wait or self.sent: return
+    same,self.sent = self.state == self._state(),True
+    for base in (p.base for p in self.parts if type(p.base) is nn.Linear):
+        if not same or base not in self.copies: self.copies[base] = _on_host(base.weight.detach())
+        base.weight.data = self.copies[base]
+    if same: self.state = self._state() # otherwise the codes are made anew
+
+def _on_host(w): return w.to("cpu") if w.device.type != "cpu" else w.clone()
+
+@patch
+def fetch(self:EightProjection)->None:
+    "Have the weights where modules compute with them."
+    if not self.sent: return
+    same,self.sent = self.state == self._state(),False
+    for base,copy in self.copies.items():
+        if base.weight.data_ptr() == copy.data_ptr(): base.weight.data = _there(copy, self.device)
+    if same: self.state = self._state()
+
+def _there(w, device): return w.to(device) if device.type != "cpu" else w.clone()

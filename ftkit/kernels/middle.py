@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['glu_codes', 'glu_backward_codes']
 
-# %% ../../nbs/70_kernels.middle.ipynb #9e9fafd6
+# %% ../../nbs/70_kernels.middle.ipynb #03b73f4c
 import torch
 from torch import Tensor
 from .fp8 import _row_scale, quantize_rows, writes_fp8
@@ -14,7 +14,7 @@ from .launch import dot_precision, jit, on, row_stride, tl, triton
 from .norm import fits_kernels
 from ..quant.fp8 import E4M3
 
-# %% ../../nbs/70_kernels.middle.ipynb #b2068d4a
+# %% ../../nbs/70_kernels.middle.ipynb #8537f161
 RANKS = 64 # Of a half; more would take longer to multiply here than a product by itself
 
 @jit
@@ -29,7 +29,7 @@ def _store(start, rows, stride, cols, row_end, col_end, v):
     tl.store(start + rows.to(tl.int64)[:, None]*stride + cols[None, :],
              v.to(start.dtype.element_ty), mask=there)
 
-# %% ../../nbs/70_kernels.middle.ipynb #58e7ed95
+# %% ../../nbs/70_kernels.middle.ipynb #a1deb43d
 @jit
 def _middle_kernel(gate, up, xg, bg, xu, bu, a, h, tops, sums, rows, width, ranks, inner, gs, xs,
                    bs, ds, hs, ACT:tl.constexpr, RANK:tl.constexpr, INNER:tl.constexpr,
@@ -55,7 +55,7 @@ def _middle_kernel(gate, up, xg, bg, xu, bu, a, h, tops, sums, rows, width, rank
     tl.store(tops + row, largest, mask=r < rows)
     if INNER: _store(sums, row, inner, i, rows*tl.num_programs(1), inner, total)
 
-# %% ../../nbs/70_kernels.middle.ipynb #b49d52dd
+# %% ../../nbs/70_kernels.middle.ipynb #66f00ac5
 @jit
 def _finish_kernel(x, factors, tops, sums, codes, scales, out, width, parts, inner, stride, cs,
                    FACTORS:tl.constexpr, PARTS:tl.constexpr, INNER:tl.constexpr,
@@ -73,7 +73,7 @@ def _finish_kernel(x, factors, tops, sums, codes, scales, out, width, parts, inn
             s = _load(sums + row*parts*inner, p, inner, i, parts, inner)
             tl.store(out + row*inner + i, tl.sum(s, 0).to(out.dtype.element_ty), mask=i < inner)
 
-# %% ../../nbs/70_kernels.middle.ipynb #f491c10c
+# %% ../../nbs/70_kernels.middle.ipynb #bf5f5e6d
 def _fits(x): return fits_kernels(x) and writes_fp8(x)
 
 def _room(x, width, codes, scales):
@@ -104,7 +104,7 @@ def _finish(x, factors, tops, sums, codes, scales):
         BLOCK=block, num_warps=max(1, min(8, block//512)))
     return out
 
-# %% ../../nbs/70_kernels.middle.ipynb #13562dc4
+# %% ../../nbs/70_kernels.middle.ipynb #213470b1
 def _sides(beside, x):
     "Tensors, strides and the rank of a pair for each half; whether the halves have their own."
     if beside is None: return (x, x, x, x), (0, 0), 0, False
@@ -124,7 +124,7 @@ def _joined(gate_up, beside, up_first):
     for half,(x,b) in zip(_halves(out, "silu", up_first), beside): half.addmm_(x, b.T)
     return out
 
-# %% ../../nbs/70_kernels.middle.ipynb #83368cd0
+# %% ../../nbs/70_kernels.middle.ipynb #6d321046
 def glu_codes(gate_up:Tensor,      # [tokens, 2*width]: gate, then up
               act:str="silu",      # "silu", "gelu_tanh" or "gelu"
               out:Tensor=None,     # [tokens, width], where the result goes
@@ -152,20 +152,19 @@ def glu_codes(gate_up:Tensor,      # [tokens, 2*width]: gate, then up
         xa = _finish(h, None, tops, sums, codes, scales)
     return (h, codes, scales, xa) if n else (h, codes, scales)
 
-# %% ../../nbs/70_kernels.middle.ipynb #1bbee6e2
+# %% ../../nbs/70_kernels.middle.ipynb #bea081a2
 @jit
 def _middle_back_kernel(dh, gate, up, xg, bg, xu, bu, xd, a, dgate, dup, h, fg, fu, tops, sums,
                         rows, width, ranks, inner, down, gs, xs, bs, ds, xds, as_, os, hs,
                         ACT:tl.constexpr, RANK:tl.constexpr, DOWN:tl.constexpr, OWN:tl.constexpr,
                         AGAIN:tl.constexpr, HOW:tl.constexpr, M:tl.constexpr, N:tl.constexpr,
-                        STEPS:tl.constexpr):
+                        STEPS:tl.constexpr): # OWN: the halves have ranks of their own
     r,first = tl.program_id(0)*M + tl.arange(0, M),tl.program_id(1)*N*STEPS
     largest = tl.zeros([M], tl.float32)
     if RANK:
         k,total = tl.arange(0, RANK),tl.zeros([M, RANK], tl.float32)
         lg,lu,more = _load(xg, r, xs, k, rows, ranks),_load(xu, r, xs, k, rows, ranks),total
-    if DOWN: j = tl.arange(0, DOWN)
-    if DOWN: ld = _load(xd, r, xds, j, rows, down)
+    if DOWN: j = tl.arange(0, DOWN); ld = _load(xd, r, xds, j, rows, down)
     for step in range(STEPS):
         at = first + step*N + tl.arange(0, N)
         d,g,u = _three(dh, gate, up, r, at, ds, gs, rows, width)
@@ -180,14 +179,14 @@ def _middle_back_kernel(dh, gate, up, xg, bg, xu, bu, xd, a, dgate, dup, h, fg, 
         g = (d*g*share).to(dup.dtype.element_ty)   # and that of up
         largest = tl.maximum(largest, _largest(u, g, dgate, dup, fg, fu, r, os, at, rows, width))
         if RANK: total = tl.dot(u, wg, total, input_precision=HOW)
-        if RANK and OWN: more = tl.dot(g, wu, more, input_precision=HOW)
-        if RANK and not OWN: total = tl.dot(g, wu, total, input_precision=HOW)
+        if OWN: more = tl.dot(g, wu, more, input_precision=HOW)
+        elif RANK: total = tl.dot(g, wu, total, input_precision=HOW)
     row = r.to(tl.int64)*tl.num_programs(1) + tl.program_id(1)
     tl.store(tops + row, largest, mask=r < rows)
     if RANK: _store(sums, row, inner, k, rows*tl.num_programs(1), ranks, total)
-    if RANK and OWN: _store(sums + ranks, row, inner, k, rows*tl.num_programs(1), ranks, more)
+    if OWN: _store(sums + ranks, row, inner, k, rows*tl.num_programs(1), ranks, more)
 
-# %% ../../nbs/70_kernels.middle.ipynb #f3417f3a
+# %% ../../nbs/70_kernels.middle.ipynb #45a852d2
 @jit
 def _three(dh, gate, up, r, at, ds, gs, rows, width):
     return (_load(dh, r, ds, at, rows, width).to(tl.float32),
@@ -203,7 +202,7 @@ def _largest(u, g, dgate, dup, fg, fu, r, os, at, rows, width):
     g = tl.abs(g.to(tl.float32)*tl.load(fu + at, mask=at < width, other=0.)[None, :])
     return tl.max(tl.maximum(u, g), 1)
 
-# %% ../../nbs/70_kernels.middle.ipynb #5404e043
+# %% ../../nbs/70_kernels.middle.ipynb #636806ab
 def glu_backward_codes(dh:Tensor,           # Gradient of the result, [tokens, width]
                        gate_up:Tensor,      # As given to `glu_codes`, [tokens, 2*width]
                        factors:Tensor,      # Of the gradient's columns, [2*width], float32
@@ -229,7 +228,7 @@ def glu_backward_codes(dh:Tensor,           # Gradient of the result, [tokens, w
     else: dx = _back(dh, gate, up, factors, act, out, h, up_first, codes, scales, sides, added)
     return (out, codes, scales, dx) if beside else (out, codes, scales)
 
-# %% ../../nbs/70_kernels.middle.ipynb #430fc572
+# %% ../../nbs/70_kernels.middle.ipynb #33ae9b08
 def _inner(halves, beside, own):
     "Gradient·b: side by side if the halves have ranks of their own, otherwise added."
     if beside is None: return None
@@ -242,7 +241,7 @@ def _back(dh, gate, up, factors, act, out, h, up_first, codes, scales, sides, ad
     xd,a = added or (dh, dh)
     inner,down,again = ranks*(1 + own),len(a) if added else 0,h is not None
     grid,how,tops,sums = _cut(gate, inner, max(ranks, down))
-    more = row_stride(dh), row_stride(xd), row_stride(a), row_stride(out), row_stride(h) if again else 0
+    more = [row_stride(t) for t in (dh, xd, a, out, h if again else dh)]
     with on(gate):
         _middle_back_kernel[grid](
             dh, gate, up, *tensors, xd, a, dgate, dup, h if again else dh, fg, fu, tops,
