@@ -22,6 +22,7 @@ import ftkit as ft
 from bench_memory import TINY, make_model
 from ftkit.activations import METHODS
 from ftkit.fast import speed_up
+from ftkit.kept import LEVELS
 from ftkit.memory import CUDA
 from ftkit.peaks import Tally
 from ftkit.planner import apply_plan, plan_memory, sweep
@@ -35,7 +36,7 @@ PLANS = "none,some,much,most,host,pieces,24GB,12GB"
 def place(plan, name):
     "Go to the rung that a name means."
     levels = [[s.level for s in r.saving] for r in plan.rungs]
-    if name in ("none", "some", "much", "most"):
+    if name in LEVELS:
         plan.at = next(i for i, l in enumerate(levels) if set(l) == {name})
     elif name == "host": plan.at = next(i for i, r in enumerate(plan.rungs) if r.saving[0].host)
     elif name == "pieces": plan.at = len(plan.rungs) - 1
