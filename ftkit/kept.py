@@ -175,7 +175,8 @@ def device_rates(device, # A GPU
                 )->tuple: # Bytes and operations a second
     "How fast tensors reach the host's memory, and how fast matrices are multiplied; measured once."
     host = torch.empty(2**24, dtype=torch.uint8, pin_memory=True)
-    here,a = torch.empty_like(host, device=device),torch.ones(2048, 2048, dtype=dtype, device=device)
+    here = torch.empty_like(host, device=device)
+    a = torch.ones(2048, 2048, dtype=dtype, device=device)
     copy = _seconds(lambda: host.copy_(here, non_blocking=True), device)
     rates = len(host)/copy,2*2048**3/_seconds(lambda: a @ a, device)
     del here, a

@@ -182,7 +182,8 @@ def copies_hide(fast,       # What makes a model fast
                )->bool:
     "Whether tensors of a layer reach the host in less time than the layer takes; for `meta`, yes."
     device = fast.inner.norm.weight.device
-    if tokens < MANY or device.type not in ("cuda", "meta") or fast.parts[0].mlp is None: return False
+    if tokens < MANY or device.type not in ("cuda", "meta"): return False
+    if fast.parts[0].mlp is None: return False
     if device.type == "meta": return True
     layer,part = layer_shape(fast.parts[0]),fast.parts[0]
     n = sum(host_bytes(layer, Saving("more", True), tokens, dtype.itemsize).values())
