@@ -138,6 +138,7 @@ class Result:
 
 def _child(function, item, folder, limit):
     os.setsid()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # jobs in the background ignore it
     out = os.open(folder/"output", os.O_WRONLY | os.O_CREAT)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.dup2(out, 1)
