@@ -133,7 +133,8 @@ def __repr__(self:MemoryPlan)->str:
     of = "" if self.budget is None else f" of {gb(self.budget + CUDA)}"
     return f"{'; '.join([text, *more])}: predicted {gb(self.peak.needs)}{of} GB"
 
-_WHAT = dict(none="keeps everything", some="computes gate and up again", more="keeps q, k, v",
+_WHAT = dict(none="keeps everything", some="computes gate and up again",
+             more="keeps q, k, v and what attention gives",
              much="keeps what attention gives", most="keeps inputs only")
 
 # %% ../nbs/83_planner.ipynb #059a1a3c
