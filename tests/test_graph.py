@@ -10,12 +10,12 @@ from torch.utils._pytree import tree_leaves
 from ftkit.core import FtkitError
 from ftkit.data.packing import Row, collate
 from ftkit.fast import find_decoder, set_saving, speed_up
-from ftkit.graph import Again, Graph, StepGraphs, borders_with_room, room_for, shape_key
+from ftkit.graph import Again, Graph, StepGraphs, shape_key
 from ftkit.kept import Saving
 from ftkit.kernels.edges import SCRATCH, SEEDS, dropped
 from ftkit.lora.inject import LoraConfig, add_lora
 from ftkit.quant.linear import quantize_model
-from ftkit.sft import SupervisedTuning
+from ftkit.sft import SupervisedTuning, borders_with_room, room_for
 from ftkit.training.loop import Trainer, TrainConfig
 from ftkit.training.optim import OptimConfig
 from ftkit.training.run import Callback

@@ -114,7 +114,7 @@ def _deferred(self:Projection): return self.shared is not None and self.shared.d
 def spread(self:Projection, A:Tensor, sB:Tensor)->None:
     "Write the factors into `A`, [R, K], and `sB`, [N, R]; what is no factor's is zero already."
     srcs,dsts,scales = self.edges(A, sB)
-    key = A.dtype,*(t.data_ptr() for t in srcs),A.data_ptr(),sB.data_ptr()
+    key = A.dtype,A.stride(0),sB.stride(0),sB.data_ptr() - A.data_ptr(),[t.data_ptr() for t in srcs]
     if self.moves is None or self.moves[0] != key: self.moves = key,Moves(srcs, dsts, scales)
     self.moves[1](srcs, dsts)
 
@@ -176,7 +176,8 @@ def _is_plain(base, dtype): return type(base) is not QLinear and _held(base).dty
 
 @patch
 def _factors(self:Projection, x):
-    V = SimpleNamespace(M=None, A=x.new_zeros(self.R, self.K), sB=x.new_zeros(self.N, self.R),
+    A,sB = x.new_zeros(self.R*(self.K + self.N)).split([self.R*self.K, self.R*self.N])
+    V = SimpleNamespace(M=None, A=A.view(self.R, self.K), sB=sB.view(self.N, self.R),
                         pieces=lambda: self._pieces(x.dtype, x.device))
     if self.R: self.spread(V.A, V.sB)
     return V
