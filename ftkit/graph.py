@@ -97,7 +97,7 @@ GAIN = 0.98 # Part of that time that a replay may take, at most
 def host_share(run,         # Function that starts work on the device
                wait,        # Function that waits for the device
                clock=time.perf_counter
-              )->tuple:     # What `run` returns; the part of the time it took; the time until all was done
+              )->tuple:     # What `run` returns; the part of the time it took; the whole time
     "How much of the time Python was busy."
     wait()
     start = clock()

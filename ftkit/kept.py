@@ -139,7 +139,7 @@ def let_go(self:Away, keep:int=0):
 
 @patch
 def settle(self:Away):
-    "Have nothing on its way; what comes now stands by itself, as the recording of a CUDA graph must."
+    "Have nothing on its way, so that what comes stands by itself, as a CUDA graph must."
     self.let_go()
     self.last = lambda: None
 

@@ -177,10 +177,9 @@ def _is_plain(base, dtype): return type(base) is not QLinear and _held(base).dty
 @patch
 def _factors(self:Projection, x):
     A,sB = x.new_zeros(self.R*(self.K + self.N)).split([self.R*self.K, self.R*self.N])
-    V = SimpleNamespace(M=None, A=A.view(self.R, self.K), sB=sB.view(self.N, self.R),
-                        pieces=lambda: self._pieces(x.dtype, x.device))
-    if self.R: self.spread(V.A, V.sB)
-    return V
+    A,sB = A.view(self.R, self.K),sB.view(self.N, self.R)
+    if self.R: self.spread(A, sB)
+    return SimpleNamespace(M=None, A=A, sB=sB, pieces=lambda: self._pieces(x.dtype, x.device))
 
 # %% ../../nbs/70_kernels.lora.ipynb #56001b9f
 @patch
