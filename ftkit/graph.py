@@ -32,6 +32,7 @@ def shape_key(batch:dict)->tuple: # Hashable
 # %% ../nbs/84_graph.ipynb #a41469c9
 class Graph:
     "What a function does on a GPU, recorded and not yet done."
+    timed = True # Whether it has to be faster than the function
     def __init__(self, run, device, pool=None):
         self.pool = pool or torch.cuda.graph_pool_handle()
         self.graph,index = torch.cuda.CUDAGraph(),torch.device(device).index or 0
@@ -59,7 +60,7 @@ class Graph:
 # %% ../nbs/84_graph.ipynb #245153aa
 class Again:
     "Stands in for `Graph` where there is no GPU: the function itself."
-    pool,bytes = None,0
+    pool,bytes,timed = None,0,False
     def __init__(self, run, device, pool=None): self.run = run
     def replay(self): return self.run()
 
@@ -189,7 +190,7 @@ def defer(self:StepGraphs, on:bool):
 @patch
 def forget(self:StepGraphs):
     "Drop all recordings and their memory."
-    if self.held: torch.cuda.synchronize(self.trainer.device) # none of it is in use any more
+    if self.held: self.wait() # none of it is in use any more
     self.entries,self.grads,self.pool,self.stand = OrderedDict(),[],None,None
     self.held = 0 # bytes of the pool
 
@@ -351,7 +352,7 @@ def attempt(self:StepGraphs, entry, batch, factor)->tuple:
         return out
     if not self.agrees(self.measure(anew(self.replay)), right): return anew(self.compute)
     out,_,quick = host_share(partial(anew, self.replay), self.wait)
-    if self.recorder is Graph and not self.insist and quick > GAIN*slow: self.drop(entry)
+    if self.recorder.timed and not self.insist and quick > GAIN*slow: self.drop(entry)
     return out
 
 @patch

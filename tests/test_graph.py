@@ -1,4 +1,6 @@
 "Steps that are recorded and replayed: what has to stay in place, and when nothing is recorded."
+import time
+
 import numpy as np
 import pytest
 import torch
@@ -6,6 +8,7 @@ from small_runs import tiny_model, untimed
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from ftkit.core import FtkitError
 from ftkit.data.packing import Row, collate
@@ -14,6 +17,7 @@ from ftkit.graph import Again, Graph, StepGraphs, shape_key
 from ftkit.kept import Saving
 from ftkit.kernels.edges import SCRATCH, SEEDS, dropped
 from ftkit.lora.inject import LoraConfig, add_lora
+from ftkit.planner import FitMemory
 from ftkit.quant.linear import quantize_model
 from ftkit.sft import SupervisedTuning, borders_with_room, room_for
 from ftkit.training.loop import Trainer, TrainConfig
@@ -216,6 +220,36 @@ def test_a_recording_that_is_wrong_is_found_out(capsys):
     assert graphs.off and "are right" in capsys.readouterr().err
 
 
+def test_a_recording_that_is_no_faster_goes():
+    class Slow(Again):
+        timed = True
+        def replay(self):
+            time.sleep(0.2)
+            return self.run()
+    graphs, rows = StepGraphs(recorder=Slow), PACKED[:1]*6
+    same(train(graphs, rows, epochs=1), train(Never(recorder=Again), rows, epochs=1))
+    assert graphs.used == 2 and not graphs.off  # to compare, and for the clock
+
+
+def test_recordings_go_first_when_memory_runs_out(capsys):
+    class Large(Again):
+        bytes = 100
+    class Short(Callback):
+        "Memory runs out once, in a batch that is computed."
+        def before_fit(self, t):
+            take = t.forward_backward
+            def run(batch, factor):
+                if t.step == 6 and graphs.held: raise torch.OutOfMemoryError("no more")
+                return take(batch, factor)
+            t.forward_backward = run
+    graphs, fit, short = StepGraphs(recorder=Large), FitMemory(), Short()
+    short.order = 9
+    ours = train(graphs, DENSE, callbacks=[fit, short], epochs=1)
+    assert graphs.off and graphs.used == 5 and not graphs.held and fit.plan.at == 0
+    assert "memory ran out" in capsys.readouterr().err
+    same(ours, train(Never(recorder=Again), DENSE, epochs=1))
+
+
 def test_too_many_shapes(capsys):
     lengths = [[n] for n in range(6, 14)]*4
     graphs = StepGraphs(most=2, recorder=Again)
@@ -288,7 +322,8 @@ def test_deferred_gradients_end_with_the_run():
 
 
 @pytest.mark.skipif(not CUDA, reason="needs a GPU")
-@pytest.mark.parametrize("case", ["packed", "dense", "dropout", "accumulate", "held", "nf4", "most"])
+@pytest.mark.parametrize("case", ["packed", "dense", "dropout", "accumulate", "held", "nf4", "most",
+                                  "host", "nf4 most", "nf4 host", "nf4 rows"])
 def test_on_a_gpu(case):
     how = dict(CASES[case]) | dict(cuda_graph=True, precision="auto")
     graphs = StepGraphs()
@@ -296,6 +331,24 @@ def test_on_a_gpu(case):
     assert graphs.used > 3 and not graphs.off
     for a, b in zip(ours[0], right[0]):
         if a["event"] == "train": assert a["loss"] == pytest.approx(b["loss"], rel=1e-3)
+
+
+@pytest.mark.skipif(not CUDA, reason="needs a GPU")
+def test_memory_is_not_taken_twice_on_a_gpu():
+    from ftkit.bench import Clock
+    def run(graphs):
+        torch.cuda.empty_cache()
+        clock, rows = Clock(warmup=4, steps=2), rows_of([[8192]]*8)
+        model = LlamaForCausalLM(LlamaConfig(
+            vocab_size=24, hidden_size=512, intermediate_size=2048, num_hidden_layers=4,
+            num_attention_heads=4, max_position_embeddings=8192, pad_token_id=0)).to(DEV)
+        add_lora(model, LoraConfig(r=4))
+        speed_up(model)
+        trainer_of(model, rows, [graphs, clock], epochs=1, cuda_graph=True, precision="auto").fit()
+        return clock
+    graphs = StepGraphs()
+    ours, right = run(graphs), run(Never(recorder=Again))
+    assert graphs.used and ours.peak < 1.15*right.peak and ours.reserved < 1.3*right.reserved
 
 
 @pytest.mark.skipif(not CUDA, reason="needs a GPU")
