@@ -15,7 +15,7 @@ from ..core import FtkitError
 from .edges import (SCRATCH, Moves, Scratch, dropped, is_view, product, unpack,
                                  weight_grads)
 from ..lora.layers import LoraLinear
-from ..quant.linear import QLinear
+from ..quant.linear import QLinear, dequantize_together
 
 # %% ../../nbs/70_kernels.lora.ipynb #80274de7
 @dataclass(eq=False)
@@ -152,7 +152,7 @@ def _scratched(self:Projection, dtype, device, fresh):
     M = self.scratch.take(key, *shape, dtype, device)
     there = self.scratch.took(key, self, [_held(p.base) for p in self.parts]) and (
         self.quantized or not fresh) # others may be trained
-    if not there:
+    if not there and not dequantize_together([p.base for p in self.parts], M[:self.N,:self.K]):
         for p in self.parts: unpack(p.base, 0, p.base.out_features, M[p.rows,:self.K])
     if key not in self.scratch.views: self.scratch.views[key] = _Views(M, self.N, self.K)
     return self.scratch.views[key], fresh or not there
