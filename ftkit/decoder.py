@@ -223,27 +223,34 @@ def backward(self:MlpHalf, dy, middle, kept, out, slices, wide=None, again=())->
     total = None
     for s,k in zip(slices, kept.pieces):
         grads = self.backward_piece(dy[s], middle[s], k, out[s], wide if wide is None else wide[s],
-                                    again and (again[0][s], again[1]))
-        total = grads if total is None else tuple(a if b is None else b if a is None else a.add_(b)
-                                                  for a,b in zip(total, grads))
+                                    again and (again[0][s], again[1]), total)
+        total = grads if total is None else _sums(total, grads)
     return out, total or (None,)*len(self.trainable)
 
+def _sums(total, new):
+    "The sums, in place; where it is the same tensor, it is a sum already."
+    pairs = [(a, b) for a,b in zip(total, new) if a is not None and b is not None and a is not b]
+    if pairs: torch._foreach_add_(*zip(*pairs))
+    return tuple(b if a is None else a for a,b in zip(total, new))
+
 @patch
-def backward_piece(self:MlpHalf, dy, middle, kept, out, wide, again):
+def backward_piece(self:MlpHalf, dy, middle, kept, out, wide, again, total=None):
     "Fill `out`; the gradients of `trainable`. With `again`, the middle is a sum to be made yet."
+    n,m = (len(p.trainable) for p in (self.gate_up, self.down))
+    into = (total[-n - m:-m or None], total[len(total) - m:]) if total else (None, None)
     found = self.project(middle, kept, *again) if kept.gate_up is None else None
     d_y,of_after = _behind(self, dy, kept, self.down, wide)
-    of_down,more = self.down_gradient(d_y, kept)
+    of_down,more = self.down_gradient(d_y, kept, into[1])
     d_up,kept.gate_up,d_y = kept.gate_up,None,None
     normed,inverse = found or self.norm.forward(middle)
     d_normed,of_up = self.gate_up.project_backward(d_up, normed, kept.xa_up, seed=kept.seeds[0],
-                                                   **more)
+                                                   **_into(self.gate_up, into[0]), **more)
     del d_up, normed, found, more
     _,of_norm = self.norm.backward(d_normed, middle, inverse, add=dy, out=out)
     return of_norm + of_after + of_up + of_down
 
 @patch
-def down_gradient(self:MlpHalf, dy, kept):
+def down_gradient(self:MlpHalf, dy, kept, into=None):
     "Put the gradient of gate and up in their place; those of the last projection; codes."
     gate_up,up,more = self.plain(kept),self.gate_up,{}
     dh = dy.new_empty(len(dy), self.down.in_features)
@@ -252,8 +259,12 @@ def down_gradient(self:MlpHalf, dy, kept):
         if not (_eight(up) and up.back): glu_backward(dh, gate_up, **how)
         else: more["codes"] = glu_backward_codes(dh, gate_up, up.column_factors, **how)[1:]
     grads = self.down.project_backward(dy, dh, kept.xa_down, out=dh, seed=kept.seeds[1],
-                                       between=turn)[1]
+                                       between=turn, **_into(self.down, into))[1]
     return grads, more
+
+def _into(p, grads):
+    "Gradients of earlier pieces, where there are whole weights to add to."
+    return dict(into=grads) if grads and any(n == "weight" for _,n,_ in p.trained) else {}
 
 # %% ../nbs/73_decoder.ipynb #e87ab4c8
 @dataclass(eq=False)

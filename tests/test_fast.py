@@ -23,9 +23,9 @@ from ftkit.sft import SupervisedTuning
 
 from toys import IDS, SIZES, tiny_llama
 
-LEVELS = ("none", "some", "much", "most")
+LEVELS = ("none", "some", "more", "much", "most")
 PLANS = [*LEVELS, Saving("some", piece=5), Saving("most", host=True, piece=4),
-         Saving("some", host=True), Saving("much", host=True)]
+         Saving("more", host=True), Saving("much", host=True)]
 GOLDEN = Path(__file__).parents[2]/"shared/golden"
 
 

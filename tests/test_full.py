@@ -60,7 +60,7 @@ def expected(model):
     return out
 
 
-@pytest.mark.parametrize("saving", ["none", "some", "most"])
+@pytest.mark.parametrize("saving", ["none", "some", "most", Saving("more", piece=5)])
 def test_trained_weights_share_one_matrix(model, expected, saving):
     speed_up(model, saving, hold=True)
     loss_of(model).backward()
@@ -171,7 +171,7 @@ def trained(steps, saving="none", inside=False, dtype=torch.float32, fast=True, 
     return torch.tensor(out), model
 
 
-@pytest.mark.parametrize("saving", ["none", "some", "most"])
+@pytest.mark.parametrize("saving", ["none", "some", "most", Saving("more", piece=5)])
 @pytest.mark.parametrize("tied", [False, True])
 def test_updates_inside_backward_are_the_same_updates(saving, tied):
     plain, a = trained(4, tie_word_embeddings=tied)

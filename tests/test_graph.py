@@ -1,5 +1,6 @@
 "Steps that are recorded and replayed: what has to stay in place, and when nothing is recorded."
 import time
+from functools import cache
 
 import numpy as np
 import pytest
@@ -93,6 +94,12 @@ def same(a, b):
     torch.testing.assert_close(a[1], b[1], rtol=0, atol=0)
 
 
+@cache
+def computed():
+    "With dropout, and without any recording."
+    return train(Never(recorder=Again), dropout=0.2)
+
+
 CASES = {"packed": {}, "dense": dict(rows=DENSE), "dropout": dict(dropout=0.2),
          "accumulate": dict(accumulate=3, dropout=0.1), "two rows": dict(batch_size=2, epochs=6),
          "held": dict(hold=True, dropout=0.2, accumulate=2), "nf4": dict(bits=4),
@@ -179,14 +186,13 @@ def test_resume_is_exact(tmp_path):
         c = Callback()
         c.after_step = lambda t: setattr(t, "should_stop", t.step == n)
         return c
-    whole = train(StepGraphs(recorder=Again), dropout=0.2)
     model = model_of(dropout=0.2)
     trainer_of(model, PACKED, [StepGraphs(recorder=Again), stop_at(11)], tmp_path).fit()
     model, graphs = model_of(dropout=0.2), StepGraphs(recorder=Again)
     trainer_of(model, PACKED, [graphs], tmp_path).fit(resume="auto")
     weights = torch.cat([p.detach().cpu().flatten() for p in model.parameters() if p.requires_grad])
     assert graphs.used
-    torch.testing.assert_close(weights, whole[1], rtol=0, atol=0)
+    torch.testing.assert_close(weights, computed()[1], rtol=0, atol=0)
 
 
 class Failing(Again):
@@ -200,7 +206,7 @@ def test_a_recording_that_fails_changes_nothing(capsys):
     class Half(Again):  # the error comes before anything is computed
         def __init__(self, *args): raise torch.OutOfMemoryError("no more")
     graphs = StepGraphs(recorder=Half)
-    same(train(graphs, dropout=0.2), train(Never(recorder=Again), dropout=0.2))
+    same(train(graphs, dropout=0.2), computed())
     assert graphs.off and not graphs.used
     assert capsys.readouterr().err.count("without CUDA graphs: one could not be recorded") == 1
     with pytest.raises(FtkitError, match="cannot be recorded.*not permitted when stream"):
@@ -216,7 +222,7 @@ def test_a_recording_that_is_wrong_is_found_out(capsys):
             batch["input_ids"].copy_(self.ids)
             return self.run()
     graphs = StepGraphs(recorder=Baked)
-    same(train(graphs, dropout=0.2), train(Never(recorder=Again), dropout=0.2))
+    same(train(graphs, dropout=0.2), computed())
     assert graphs.off and "are right" in capsys.readouterr().err
 
 

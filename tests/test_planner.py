@@ -106,7 +106,7 @@ def made(kind, **more):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("plan", ["none", "some", "much", "most", "mixed", "host", "away", "pieces"])
+@pytest.mark.parametrize("plan", ["none", "some", "more", "much", "most", "mixed", "host", "away", "pieces"])
 def test_the_peak_is_as_predicted(as_on_a_gpu, kind, plan):
     model = made(kind, vocab_size=320, num_hidden_layers=6)
     plan = {"mixed": [Saving("most")]*2 + [Saving("some")]*2 + [Saving()]*2, "host": Saving("most", host=True), "away": Saving("much", host=True),

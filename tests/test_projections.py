@@ -452,6 +452,19 @@ def test_product():
         assert_close(product(x, y, torch.float32, out, add=True).double(), 2*want, **close)
 
 
+@pytest.mark.parametrize("piece", [None, 8])
+def test_projections_of_all_shapes_share_one_memory(piece):
+    scratch, x = Scratch(), inputs(5, K)
+    many = [layers(MIXES[m], bias=True, seed=i) for i, m in enumerate(("four", "four, none", "four"))]
+    ps = [Projection(m, scratch, piece) for m in (*many, layers(MIXES["four"], seed=4)[:1])]
+    many.append(list(ps[-1].modules))
+    for p in ps: p.slot = "all", max((p.N + p.R)*(p.K + p.R) for p in ps)
+    if piece: ps[0].piece = None  # whole, between others' pieces
+    for i in (0, 1, 2, 3, 0, 0, 3, 1, 3, 2, 0):
+        compare(ps[i], many[i], x, inputs(5, ps[i].N, 2), **TIGHT)
+    assert len(scratch.memory) == 1
+
+
 @pytest.mark.parametrize("shapes", [(40, 24, 8), (130, 3), (1, 1, 1)])
 @pytest.mark.parametrize("kind, block, double", [("nf4", 64, True), ("fp4", 128, False)])
 def test_weights_are_unpacked_together(shapes, kind, block, double):

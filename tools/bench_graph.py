@@ -97,8 +97,8 @@ def compare(args, resume=False, **how):
     right = {step: rest for step, *rest in computed}
     off = [max(abs(x - y)/abs(y) for x, y in zip(rest, right[step])) for step, *rest in replayed]
     gib = lambda pair: " / ".join(f"{x/2**30:.2f}" for x in pair)
-    print(f"  off by {max(off):.1e}; {slow:.2f} ms, replayed {ms:.2f} ms ({used} batches replayed); "
-          f"GiB {gib(before)}, replayed {gib(after)}", flush=True)
+    print(f"  off by {max(off):.1e}; {slow:.2f} ms, replayed {ms:.2f} ms ({used} batches "
+          f"replayed); GiB {gib(before)}, replayed {gib(after)}", flush=True)
 
 
 def main():

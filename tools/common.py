@@ -1,5 +1,5 @@
 "What the tools share: which notebooks there are, running one, work in forked children."
-import faulthandler, glob, os, pickle, shutil, signal, sys, tempfile, textwrap, time, traceback
+import faulthandler, gc, glob, os, pickle, shutil, signal, sys, tempfile, textwrap, time, traceback
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -114,10 +114,12 @@ def preload():
     for name in names:
         try: __import__(name)
         except ImportError: pass
-    if "transformers" not in names: return
     try:  # transformers loads its parts when they are named
-        from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast  # noqa
+        if "transformers" in names:
+            from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast  # noqa
     except ImportError: pass
+    gc.collect()
+    gc.freeze()  # or each collection in a child would go through it all, and copy its pages
 
 
 _place = None  # In a child: the file that says which cell is running, if it does not live to tell
@@ -136,6 +138,7 @@ class Result:
 
 def _child(function, item, folder, limit):
     os.setsid()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # jobs in the background ignore it
     out = os.open(folder/"output", os.O_WRONLY | os.O_CREAT)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.dup2(out, 1)

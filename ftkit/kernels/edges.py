@@ -100,11 +100,15 @@ class Scratch:
     def __init__(self): self.memory,self.owner,self.views = {},{},{}
 
     def take(self, key:tuple, # Projections with the same key share memory
-             rows:int, cols:int, dtype, device)->Tensor: # [rows, cols], zeros at first
+             rows:int, cols:int, dtype, device, # Matrix, zeros at first
+             most:int=0       # Numbers of the largest matrix that is taken of it
+            )->Tensor:        # [rows, cols]
         "The memory for this key."
-        if key not in self.memory:
-            self.memory[key] = torch.zeros(rows, cols, dtype=dtype, device=device)
-        return self.memory[key]
+        n,memory = rows*cols,self.memory.get(key)
+        if memory is None or memory.numel() < n:
+            self.owner.pop(key, None); self.views.clear()
+            memory = self.memory[key] = torch.zeros(max(n, most), dtype=dtype, device=device)
+        return memory[:n].view(rows, cols)
 
     def took(self, key:tuple, who, what:list)->bool: # Whether `who` had it last, for these tensors
         "Note who has written there, and from which tensors."
@@ -277,15 +281,19 @@ def product(a:Tensor,        # [m, k]
 def weight_grads(dy:Tensor,    # Gradient of all outputs, [T, N]
                  x:Tensor,     # The inputs, [T, K]
                  found:list,   # Pairs of rows of N and the weight that they belong to
-                 straight=False # Add to `grad` if all have one
-                ):             # One for each; None for one that was added
+                 straight=False, # Add to `grad` if all have one
+                 into:list=None # Gradients of other tokens, to add to if all are there
+                ):             # One for each; None for one that was added to `grad`
     "Gradients of weights that read the same input, one by one."
-    if straight and found and all(t.grad is not None for _,t in found):
-        for rows,g in _joined([(rows, t.grad) for rows,t in found]):
+    grads = [t.grad for _,t in found] if straight else [None]*len(found)
+    for given,answer in ((grads, [None]*len(found)), (into, into)):
+        if not given or any(g is None for g in given): continue
+        for rows,g in _joined([(rows, g) for (rows,_),g in zip(found, given)]):
             if g.dtype == dy.dtype: g.addmm_(dy[:,rows].T, x)
             else: g.add_(product(dy[:,rows].T, x, g.dtype))
-        yield from [None]*len(found)
-    elif sum(len(t) for _,t in found) == dy.shape[1] and len({t.dtype for _,t in found}) == 1:
+        yield from answer
+        return
+    if sum(len(t) for _,t in found) == dy.shape[1] and len({t.dtype for _,t in found}) == 1:
         yield from product(dy.T, x, found[0][1].dtype).split([len(t) for _,t in found])
     else: yield from (product(dy[:,rows].T, x, t.dtype) for rows,t in found)
 

@@ -81,7 +81,7 @@ class Projection:
         self.parts,ranks = _parts(self.modules)
         self.N,self.K,self.R = self.parts[-1].rows.stop,self.modules[0].in_features,-(-ranks//16)*16
         self.out_features,self.in_features = self.N,self.K
-        self.scratch,self.piece = scratch or SCRATCH,piece
+        self.scratch,self.piece,self.slot = scratch or SCRATCH,piece,None
         self.trained = [(part, *t) for part in self.parts for t in part.trained()]
         self.trainable = tuple(t for _,_,t in self.trained)
         self.learns = any(name in ("A", "B") for _,name,_ in self.trained)
@@ -149,13 +149,24 @@ def _views(self:Projection, x, fresh):
 def _scratched(self:Projection, dtype, device, fresh):
     "Shared memory with the weights in it, and whether the factors have to be written."
     key,shape = (self.layout, self.K, dtype, device),(self.N + self.R, self.K + self.R)
-    M = self.scratch.take(key, *shape, dtype, device)
-    there = self.scratch.took(key, self, [_held(p.base) for p in self.parts]) and (
+    place,most = (key, 0) if self.slot is None else ((self.slot[0], *key[2:]), self.slot[1])
+    if (V := self.scratch.views.get(key)) is None:
+        V = _Views(self.scratch.take(place, *shape, dtype, device, most), self.N, self.K)
+        self.scratch.views[key] = V
+    there = self.scratch.took(place, self, [_held(p.base) for p in self.parts]) and (
         self.quantized or not fresh) # others may be trained
-    if not there and not dequantize_together([p.base for p in self.parts], M[:self.N,:self.K]):
-        for p in self.parts: unpack(p.base, 0, p.base.out_features, M[p.rows,:self.K])
-    if key not in self.scratch.views: self.scratch.views[key] = _Views(M, self.N, self.K)
-    return self.scratch.views[key], fresh or not there
+    if not there:
+        if self.slot is not None: self._clear(V)
+        if not dequantize_together([p.base for p in self.parts], V.W):
+            for p in self.parts: unpack(p.base, 0, p.base.out_features, V.W[p.rows])
+    return V, fresh or not there
+
+@patch
+def _clear(self:Projection, V):
+    "Zeros where no factor will be, if there is such a place."
+    spare = self.R > sum(m.r for m in self.loras)
+    if spare or (self.R and len(self.parts) > 1): V.sB.zero_()
+    if spare: V.A.zero_()
 
 @patch
 def _check_held(self:Projection, dtype):
@@ -189,7 +200,10 @@ def _pieces(self:Projection, dtype, device):
         n,at = p.base.out_features,p.rows.start
         if _is_plain(p.base, dtype): yield p.rows,p.base.weight.detach(); continue
         step = min(self.piece or n, n)
-        out = self.scratch.take(("piece", step, self.K, dtype, device), step, self.K, dtype, device)
+        key,most = ("piece", step, self.K, dtype, device),0
+        if self.slot: key,most = (self.slot[0], dtype, device),self.slot[1]
+        out = self.scratch.take(key, step, self.K, dtype, device, most)
+        self.scratch.owner.pop(key, None) # nobody else's is there any more
         for a in range(0, n, step):
             b = min(a + step, n)
             yield slice(at + a, at + b),unpack(p.base, a, b, out[:b - a])
@@ -261,7 +275,8 @@ def project_backward(self:Projection,
                      add:Tensor=None,  # Added to it, [T, K]; may be `out`
                      seed:int=None,    # The same as for `project`
                      need_x:bool=True, # Whether the gradient of `x` is wanted
-                     between=None      # Called when it is there, before `x` itself is read
+                     between=None,     # Called when it is there, before `x` itself is read
+                     into:tuple=None   # Gradients of other tokens: those of weights add to these
                     )->tuple:          # Gradient of `x`, or None; those of `trainable`
     "Gradients of the inputs and of all that learns."
     (wide,dy),(_,x) = self._split(dy, self.N),self._split(x, self.K)
@@ -269,7 +284,7 @@ def project_backward(self:Projection,
     if xa is not None: dxa = torch.mm(dy, V.sB, out=None if wide is None else wide[:,self.N:])
     if need_x: out = self._to_input(dy, wide, dxa, V, out, add, seed)
     if between: between()
-    return out if need_x else None,self._grads(dy, x, xa, dxa, seed)
+    return out if need_x else None,self._grads(dy, x, xa, dxa, seed, into)
 
 # %% ../../nbs/70_kernels.lora.ipynb #2f79c897
 @patch
@@ -288,12 +303,14 @@ def _to_input(self:Projection, dy, wide, dxa, V, out, add, seed):
 
 # %% ../../nbs/70_kernels.lora.ipynb #7528b570
 @patch
-def _grads(self:Projection, dy, x, xa, dxa, seed):
+def _grads(self:Projection, dy, x, xa, dxa, seed, into=None):
     "Gradients of `trainable`, in its order."
     A,B,grads = None,None,[]
     if self.learns and xa is not None: A,B = self._factor_grads(dy, x, xa, dxa, seed)
     A,B = (None, None) if self._deferred or B is None else (A, self._blocks(B))
-    W = weight_grads(dy, x, [(p.rows, t) for p,n,t in self.trained if n == "weight"], self.straight)
+    found = [(p.rows, t) for p,n,t in self.trained if n == "weight"]
+    if into: into = [g for g,(_,n,_) in zip(into, self.trained) if n == "weight"]
+    W = weight_grads(dy, x, found, self.straight, into)
     for p,name,param in self.trained:
         if name == "A": grad = None if A is None else A[p.ranks]
         elif name == "B": grad = None if B is None else next(B)
