@@ -115,7 +115,7 @@ CASES = {"packed": {}, "dense": dict(rows=DENSE), "dropout": dict(dropout=0.2),
 class Tape(TorchDispatchMode):
     """Records what a function does to memory, and does that again, blind for all that Python would
     decide anew: as a CUDA graph would. (Tensors of Python numbers are made when it is recorded.)"""
-    pool, bytes = None, 0
+    pool, bytes, timed = None, 0, False
 
     def __init__(self, run, device, pool=None):
         super().__init__()
