@@ -99,6 +99,9 @@ class Away:
         "Pinned memory of the tensor's shape, used before if there is such."
         spare = self.free.get((t.shape, t.dtype))
         if spare: return spare.pop()
+        if self.stream is not None and torch.cuda.is_current_stream_capturing():
+            raise FtkitError("there is no pinned memory left, and a CUDA graph is being recorded",
+                             where="Away", fix="Run the same step once before")
         return torch.empty(t.shape, dtype=t.dtype, pin_memory=self.stream is not None)
 
 @dataclass(eq=False)
@@ -137,6 +140,12 @@ def let_go(self:Away, keep:int=0):
         ticket = self.leaving.pop(0)
         torch.cuda.current_stream(self.device).wait_event(ticket.done)
         ticket.here = ticket.done = None
+
+@patch
+def settle(self:Away):
+    "Have nothing on its way, so that what comes stands by itself, as a CUDA graph must."
+    self.let_go()
+    self.last = lambda: None
 
 # %% ../nbs/07_kept.ipynb #a8581ae0
 @patch
