@@ -116,7 +116,8 @@ def preload():
         except ImportError: pass
     try:  # transformers loads its parts when they are named
         if "transformers" in names:
-            from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast  # noqa
+            from transformers import AutoTokenizer, LlamaForCausalLM  # noqa: F401
+            from transformers import PreTrainedTokenizerFast  # noqa: F401
     except ImportError: pass
     gc.collect()
     gc.freeze()  # or each collection in a child would go through it all, and copy its pages
