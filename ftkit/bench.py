@@ -16,6 +16,7 @@ from fastcore.basics import patch
 import ftkit as ft
 from .data.packing import Row
 from .data.tokens import IGNORE
+from .graph import StepGraphs
 from .flops import promised, reached, step_flops, utilization
 from .profiling import TimeProfile, Watch
 from .recipes import (OBJECTIVES, _check_method, _checked, _choose_path, _collate,
@@ -37,7 +38,8 @@ class Clock(Callback):
         self.total = warmup + steps + profiled
 
     def before_fit(self, trainer):
-        self.marks,self.peak,self.profile = [],None,None
+        self.marks,self.peak,self.reserved,self.profile = [],None,None,None
+        self.graphs = next((c for c in trainer.callbacks if isinstance(c, StepGraphs)), None)
         self.device,self.cuda = trainer.device,trainer.device.type == "cuda"
         if self.cuda: torch.cuda.reset_peak_memory_stats(self.device)
 
@@ -59,7 +61,9 @@ def _mark(self:Clock):
 @patch
 def _end(self:Clock):
     "The last step that is timed is in the queue."
-    if self.cuda: self.peak = torch.cuda.max_memory_allocated(self.device)
+    if self.cuda: self.peak,self.reserved = (
+        self.graphs.peaks() if self.graphs else
+        (torch.cuda.max_memory_allocated(self.device), torch.cuda.max_memory_reserved(self.device)))
     if not self.profiled: return
     self.watch = Watch(self.device)
     self.watch.start()
@@ -109,6 +113,7 @@ class BenchResult:
     promised:float=None      # FLOPs a second of the card, as its maker gives it
     reached:float=None       # The same, as a large product reaches it here
     peak_bytes:int=None      # None on a CPU
+    reserved_bytes:int=None  # The same, with what the allocator holds beside
     loss:float=None          # Mean over all steps
     profile:TimeProfile=None
 
@@ -136,7 +141,8 @@ def __repr__(self:BenchResult):
              f"{low} to {high})",
              f"  tokens  {self.tokens:,} a step, {self.learned:,} learned",
              f"  work    {self.flops/1e12:.3g} TFLOP a step{_used(self)}"]
-    if self.peak_bytes: lines.append(f"  memory  {self.peak_bytes/2**30:.2f} GiB at the peak")
+    if self.peak_bytes: lines.append(f"  memory  {self.peak_bytes/2**30:.2f} GiB at the peak, "
+                                     f"{(self.reserved_bytes or 0)/2**30:.2f} reserved")
     return "\n".join([*lines, *([repr(self.profile)] if self.profile else [])])
 
 def _used(self):
@@ -160,7 +166,7 @@ def timed(trainer:Trainer, # Not started yet, with `clock` among its callbacks
     return BenchResult(name, device, round(median(map(sum, lengths))), round(median(learned)),
         times(clock), median(flops), promised(device),
         reached(trainer.device, trainer.precision, seconds=1. if cuda else 0.2), clock.peak,
-        losses[-1] if losses else None, clock.profile)
+        clock.reserved, losses[-1] if losses else None, clock.profile)
 
 # %% ../nbs/91_bench.ipynb #442ae825
 def _bench_rows(r, tokens, clock, tokenizer, model):

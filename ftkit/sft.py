@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NOT_FOR_THE_MODEL', 'learned_places', 'packed_mask', 'one_sample_each', 'logits_loss', 'SupervisedTuning',
-           'looks_near', 'borders', 'PreTraining']
+           'looks_near', 'borders', 'room_for', 'borders_with_room', 'PreTraining']
 
 # %% ../nbs/75_sft.ipynb #e85b02f0
 import torch
@@ -110,6 +110,49 @@ def inputs(self:SupervisedTuning, model, batch:dict)->dict:
         mask = packed_mask(out["position_ids"], dtype)
     elif mask is not None and mask.is_floating_point(): mask = mask.to(dtype)
     return out if mask is None else {**out, "attention_mask": mask}
+
+# %% ../nbs/75_sft.ipynb #eb420ad6
+def room_for(n:int,    # Learned places
+             whole:int # All places
+            )->int:    # Whole eighths
+    "Room for a list of places."
+    eighth = max(1, -(-whole//8))
+    return -(-n//eighth)*eighth
+
+def _longer(t, n, value): return torch.cat([t, t.new_full((n - len(t),), value)])
+
+def borders_with_room(cu:Tensor,   # Borders of samples, [samples + 1]
+                      longest:int, # Tokens of the longest
+                      shape:tuple, # Rows, tokens of each
+                      most:dict    # Shape → the most borders there have been; brought up to date
+                     )->tuple:     # Borders, those to come at the end; a bound of the longest
+    "Borders with room for further samples, which are empty."
+    n,bound = (1 << (k - 1).bit_length() for k in (len(cu), longest))
+    most[shape] = n = max(n, most.get(shape, 16))
+    return _longer(cu, n, int(cu[-1])),min(max(bound, shape[1]//8), shape[1])
+
+# %% ../nbs/75_sft.ipynb #b0cb3707
+@patch
+def steady(self:Objective, batch:dict, most:dict)->dict:
+    "A batch in shapes that come again; an objective that knows nothing better leaves it as it is."
+    return batch
+
+@patch
+def steady(self:SupervisedTuning, batch:dict, most:dict)->dict:
+    "Room for learned places and borders."
+    out,shape = dict(batch),tuple(batch["input_ids"].shape)
+    if "places" in out:
+        n,whole = len(out["places"]),shape[0]*shape[1]
+        room = room_for(n, whole)
+        spread = torch.arange(room - n) % whole # one place for all would be a queue at its gradient
+        out["places"] = torch.cat([out["places"], spread.to(out["places"])])
+        out["wanted"] = _longer(out["wanted"], room, IGNORE)
+        if "counts" in out: out["counts"] = _longer(out["counts"], room, 0)
+    if "cu_seqlens" not in out: return out
+    borders = out.pop("cu_seqlens"),out.pop("max_seqlen")
+    if "position_ids" in out and "attention_mask" not in out: # else nobody looks at them
+        out["cu_seqlens"],out["max_seqlen"] = borders_with_room(*borders, shape, most)
+    return out
 
 # %% ../nbs/75_sft.ipynb #06dc7b52
 class PreTraining(SupervisedTuning):

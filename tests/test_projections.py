@@ -15,7 +15,9 @@ from ftkit.kernels.rope import rotate_
 from ftkit.lora.dora import DoraLinear
 from ftkit.lora.layers import LoraLinear
 from ftkit.lora.starts import start_pissa
-from ftkit.quant.linear import QLinear
+from ftkit.kernels.nf4 import together_kernel
+from ftkit.quant.linear import QLinear, dequantize_together
+from ftkit.quant.qtensor import dynamic_map, quantize
 
 dev = "cuda" if torch.cuda.is_available() else "cpu"
 TIGHT = dict(rtol=1e-5, atol=1e-6)
@@ -461,3 +463,23 @@ def test_projections_of_all_shapes_share_one_memory(piece):
     for i in (0, 1, 2, 3, 0, 0, 3, 1, 3, 2, 0):
         compare(ps[i], many[i], x, inputs(5, ps[i].N, 2), **TIGHT)
     assert len(scratch.memory) == 1
+
+
+@pytest.mark.parametrize("shapes", [(40, 24, 8), (130, 3), (1, 1, 1)])
+@pytest.mark.parametrize("kind, block, double", [("nf4", 64, True), ("fp4", 128, False)])
+def test_weights_are_unpacked_together(shapes, kind, block, double):
+    dtype = torch.float16 if dev == "cpu" else torch.bfloat16
+    torch.manual_seed(0)
+    qs = [quantize(torch.randn(n, 264, dtype=dtype, device=dev), kind, block, double) for n in shapes]
+    wide = torch.full((sum(shapes), 280), 7., dtype=dtype, device=dev)
+    parts = [(q.codes, q.absmax, q.nested_absmax, q.offset) for q in qs]
+    with kernels(): assert together_kernel(parts, shapes, wide[:, :264], kind, block, dynamic_map(dev))
+    assert torch.equal(wide[:, :264], torch.cat([q.dequantize() for q in qs]))
+    assert (wide[:, 264:] == 7).all()
+    assert not together_kernel(parts[:1], shapes[:1], wide[:, :264])
+    assert not together_kernel(parts, shapes, wide[:, :260])
+    if dev == "cuda":
+        ms = [QLinear.from_linear(nn.Linear(264, n, dtype=dtype, device=dev)) for n in shapes]
+        assert dequantize_together(ms, wide[:, :264])
+        assert torch.equal(wide[:, :264], torch.cat([m.weight for m in ms]))
+    assert not dequantize_together([nn.Linear(2, 2)]*2, torch.empty(4, 2))

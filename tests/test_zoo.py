@@ -338,7 +338,7 @@ def test_lists_and_suggestions_are_quick(capsys):
 
 def test_on_a_screen_the_words_of_names_are_shown(capsys, monkeypatch):
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
-    monkeypatch.setattr(shutil, "get_terminal_size", lambda *_: os.terminal_size((80, 24)))
+    monkeypatch.setattr(shutil, "get_terminal_size", lambda *_, **__: os.terminal_size((80, 24)))
     assert main(["list-cfg"]) == 0
     out, err = capsys.readouterr()
     assert max(map(len, out.splitlines())) <= 80 and len(out.splitlines()) < 60

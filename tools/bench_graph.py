@@ -6,7 +6,7 @@
 
 Random weights and tokens. For each case: the largest difference of losses and gradient norms in
 the same 20 steps (0 is bit for bit), milliseconds of a step with Python and with graphs, and the
-peak of the memory that torch has allocated and reserved.
+peak of the memory in use, recordings included, and of what torch has reserved.
 """
 import argparse, gc, statistics, sys, tempfile
 from pathlib import Path
@@ -77,7 +77,7 @@ def losses_of(args, graph, steps, packed=False, dropout=0., accumulate=1, folder
     run = trainer.fit(resume="auto" if folder else None)
     table = [(r["step"], r["loss"], r["grad_norm"]) for r in run.history if r["event"] == "train"]
     torch.cuda.synchronize()
-    peak = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
+    peak = graphs.peaks()
     ms = 1e3*statistics.median(times(clock)) if len(clock.marks) > 1 else float("nan")
     used = graphs.used
     del trainer, run, graphs

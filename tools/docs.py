@@ -153,6 +153,12 @@ def say_once(cells):
     return cells
 
 
+def unlinked(text):
+    "Code whose comments name things as they did, before nbdev made links of the names."
+    plain = lambda code: re.sub(r"\[(`[^`\n]+`)\]\(http[^)\n]*\)", r"\1", code[0])
+    return re.sub(r"(?ms)^```.*?^```", plain, text)
+
+
 def processed(path):
     "The fields of a Page, from what nbdev hands to Quarto for this notebook (runs in a child)."
     import yaml
@@ -173,7 +179,7 @@ def processed(path):
     href = (path.relative_to(NBS).parent/front.get("output-file", path.stem + ".html")).as_posix()
     up, pictures = "../"*href.count("/"), {}
     parts = [cell_markdown(c, up, pictures) for c in say_once(cells)]
-    text = "\n\n".join(filter(None, parts))
+    text = unlinked("\n\n".join(filter(None, parts)))
     title = front.get("title", path.stem)
     return name, href, title, front.get("description") or "", text, pictures
 

@@ -182,7 +182,7 @@ def run_peer(a):
     wait()
     seconds = [x.elapsed_time(y)/1e3 if cuda else y - x for x, y in zip(marks, marks[1:])]
     losses = [x.item() for x in losses]
-    peak = torch.cuda.max_memory_allocated() if cuda else 0
+    peak = (torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()) if cuda else (0, 0)
     report(a, seconds, tokens, losses, norms, peak, resident if cuda else 0, loaded, learn)
 
 
@@ -190,7 +190,7 @@ def report(a, seconds, tokens, losses, norms, peak, resident, loaded, learn):
     pairs = list(zip(tokens, seconds))[1 if a.parity else a.warmup:]
     rates, steady = sorted(n/s for n, s in pairs), sorted(s for _, s in pairs)
     say(a, tok_s=round(rates[len(rates)//2], 1), step_ms=round(1e3*steady[len(steady)//2], 2),
-        peak_gib=round(peak/GIB, 3), resident_gib=round(resident/GIB, 3),
+        peak_gib=round(peak[0]/GIB, 3), reserved_gib=round(peak[1]/GIB, 3), resident_gib=round(resident/GIB, 3),
         load_s=round(loaded, 1), learned_weights=sum(p.numel() for p in learn),
         losses=[round(x, 5) for x in losses], norms=[round(x, 6) for x in norms])
 
@@ -258,7 +258,8 @@ def run_ftkit(a):
     seconds, every = times(clock), [r for r in run.history if r["event"] == "train"]
     first = len(real) - len(seconds)
     report(a, [math.nan]*first + seconds, real, [r["loss"] for r in every],
-           [r["grad_norm"] for r in every] if a.parity else [], clock.peak or 0, resident, loaded,
+           [r["grad_norm"] for r in every] if a.parity else [],
+           (clock.peak or 0, clock.reserved or 0), resident, loaded,
            [p for p in model.parameters() if p.requires_grad])
 
 

@@ -15,7 +15,7 @@ from ..core import FtkitError
 from .edges import (SCRATCH, Moves, Scratch, dropped, is_view, product, unpack,
                                  weight_grads)
 from ..lora.layers import LoraLinear
-from ..quant.linear import QLinear
+from ..quant.linear import QLinear, dequantize_together
 
 # %% ../../nbs/70_kernels.lora.ipynb #80274de7
 @dataclass(eq=False)
@@ -114,7 +114,7 @@ def _deferred(self:Projection): return self.shared is not None and self.shared.d
 def spread(self:Projection, A:Tensor, sB:Tensor)->None:
     "Write the factors into `A`, [R, K], and `sB`, [N, R]; what is no factor's is zero already."
     srcs,dsts,scales = self.edges(A, sB)
-    key = A.dtype,*(t.data_ptr() for t in srcs),A.data_ptr(),sB.data_ptr()
+    key = A.dtype,A.stride(0),sB.stride(0),sB.data_ptr() - A.data_ptr(),[t.data_ptr() for t in srcs]
     if self.moves is None or self.moves[0] != key: self.moves = key,Moves(srcs, dsts, scales)
     self.moves[1](srcs, dsts)
 
@@ -157,7 +157,8 @@ def _scratched(self:Projection, dtype, device, fresh):
         self.quantized or not fresh) # others may be trained
     if not there:
         if self.slot is not None: self._clear(V)
-        for p in self.parts: unpack(p.base, 0, p.base.out_features, V.W[p.rows])
+        if not dequantize_together([p.base for p in self.parts], V.W):
+            for p in self.parts: unpack(p.base, 0, p.base.out_features, V.W[p.rows])
     return V, fresh or not there
 
 @patch
@@ -186,10 +187,10 @@ def _is_plain(base, dtype): return type(base) is not QLinear and _held(base).dty
 
 @patch
 def _factors(self:Projection, x):
-    V = SimpleNamespace(M=None, A=x.new_zeros(self.R, self.K), sB=x.new_zeros(self.N, self.R),
-                        pieces=lambda: self._pieces(x.dtype, x.device))
-    if self.R: self.spread(V.A, V.sB)
-    return V
+    A,sB = x.new_zeros(self.R*(self.K + self.N)).split([self.R*self.K, self.R*self.N])
+    A,sB = A.view(self.R, self.K),sB.view(self.N, self.R)
+    if self.R: self.spread(A, sB)
+    return SimpleNamespace(M=None, A=A, sB=sB, pieces=lambda: self._pieces(x.dtype, x.device))
 
 # %% ../../nbs/70_kernels.lora.ipynb #56001b9f
 @patch

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import nn
+from fastcore.basics import patch
 from ..core import FtkitError, pick_dtype, say, unknown_name
 
 # %% ../../nbs/63_training.plan.ipynb #ea96abae
@@ -43,30 +44,33 @@ class TrainConfig:
     overwrite:bool = False    # Whether a fresh run may delete checkpoints it finds in its folder
     trackers:tuple = ()       # "tensorboard", "wandb", …, beside the log file
 
-    def check(self)->"TrainConfig":
-        "Itself, or an error that names the option that makes no sense."
-        if self.precision not in PRECISIONS:
-            raise unknown_name("precision", self.precision, PRECISIONS)
-        if self.compute not in COMPUTE: raise unknown_name("compute", self.compute, COMPUTE)
-        if self.compute == "fp8" and not self.fast:
-            raise FtkitError("only the fast path computes in 8 bits", where="train.compute=fp8",
-                             fix="Leave train.fast on")
-        for name in ("batch_size", "accumulate", "keep", "log_every"): self._whole(name)
-        for name in ("max_steps", "save_every", "eval_every"): self._whole(name, optional=True)
-        if not self.epochs > 0:
-            raise FtkitError(f"must be above 0, but is {self.epochs!r}", where="train.epochs")
-        if self.gpu_memory is not None: memory_bytes(self.gpu_memory, "train.gpu_memory")
-        if self.step_in_backward and self.accumulate > 1:
-            raise FtkitError("gradients that are applied at once cannot be summed over "
-                             f"train.accumulate={self.accumulate} passes",
-                             where="train.step_in_backward",
-                             fix="Set train.accumulate=1 and a larger train.batch_size")
-        return self
+# %% ../../nbs/63_training.plan.ipynb #b8d16986
+@patch
+def check(self:TrainConfig)->"TrainConfig":
+    "Itself, or an error that names the option that makes no sense."
+    if self.precision not in PRECISIONS:
+        raise unknown_name("precision", self.precision, PRECISIONS)
+    if self.compute not in COMPUTE: raise unknown_name("compute", self.compute, COMPUTE)
+    if self.compute == "fp8" and not self.fast:
+        raise FtkitError("only the fast path computes in 8 bits", where="train.compute=fp8",
+                         fix="Leave train.fast on")
+    for name in ("batch_size", "accumulate", "keep", "log_every"): self._whole(name)
+    for name in ("max_steps", "save_every", "eval_every"): self._whole(name, optional=True)
+    if not self.epochs > 0:
+        raise FtkitError(f"must be above 0, but is {self.epochs!r}", where="train.epochs")
+    if self.gpu_memory is not None: memory_bytes(self.gpu_memory, "train.gpu_memory")
+    if self.step_in_backward and self.accumulate > 1:
+        raise FtkitError("gradients that are applied at once cannot be summed over "
+                         f"train.accumulate={self.accumulate} passes",
+                         where="train.step_in_backward",
+                         fix="Set train.accumulate=1 and a larger train.batch_size")
+    return self
 
-    def _whole(self, name, optional=False):
-        value = getattr(self, name)
-        if (value is None and optional) or (isinstance(value, int) and value >= 1): return
-        raise FtkitError(f"must be a whole number of at least 1, but is {value!r}", f"train.{name}")
+@patch
+def _whole(self:TrainConfig, name, optional=False):
+    value = getattr(self, name)
+    if (value is None and optional) or (isinstance(value, int) and value >= 1): return
+    raise FtkitError(f"must be a whole number of at least 1, but is {value!r}", f"train.{name}")
 
 # %% ../../nbs/63_training.plan.ipynb #79076505
 def memory_bytes(text,             # "8GB", "7.45GiB", "512MB", or a number of GB
