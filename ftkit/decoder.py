@@ -128,14 +128,15 @@ def attend(self:AttentionHalf, x, call, kept):
 @patch
 def attention_gradient(self:AttentionHalf, d_out, call, kept):
     "The gradient of q, k and v as projected, with room behind it; those of their norms' weights."
-    out,saved = kept.attended
-    wide = room(self.qkv, *kept.qkv.shape, kept.qkv)
-    d_qkv = wide[:,:kept.qkv.shape[1]]
+    (out,saved),shape = kept.attended,kept.qkv.shape
     found = attend_backward(d_out.view_as(out), *self.ready(call, kept), out, saved, call.rows,
                             backend=call.backend, **self.how)
+    if not self.qk: kept.qkv = None # their gradient may lie there
+    wide = room(self.qkv, *shape, d_out)
+    d_qkv = wide[:,:shape[1]]
     turned_back(found, d_qkv, call.cos, call.sin, self.interleaved)
     grads = ()
-    for norm,d,raw in zip(self.qk, self.split(d_qkv), self.split(kept.qkv)):
+    for norm,d,raw in zip(self.qk, self.split(d_qkv), self.qk and self.split(kept.qkv)):
         grads += norm.backward(d, raw, norm.forward(raw)[1], out=d)[1]
     return wide, grads
 

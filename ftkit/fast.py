@@ -236,7 +236,7 @@ class Fast:
     def tell_experts(self):
         "Let experts be computed together, and their first product again where that is wanted."
         for block,part in zip(self.inner.layers, self.parts):
-            if part.mlp is None: speed_up_experts(block, part.saving.level == "some")
+            if part.mlp is None: speed_up_experts(block, part.saving.level in ("some", "more"))
 
     def tell(self, message):
         "Say it, but once."

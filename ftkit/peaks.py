@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PARTS', 'COLOURS', 'Tally', 'LayerShape', 'layer_shape', 'host_bytes', 'kept_bytes', 'mlp_work', 'again_bytes',
            'attention_work', 'forward_work', 'StepShape', 'loss_bytes', 'step_line', 'Peak', 'resident_bytes',
-           'unpacked_bytes', 'optimizer_bytes', 'step_shape', 'held_bytes', 'kept_now', 'peak_svg']
+           'unpacked_bytes', 'slots_of', 'optimizer_bytes', 'step_shape', 'held_bytes', 'kept_now', 'peak_svg']
 
 # %% ../nbs/82_peaks.ipynb #56bf7722
 import weakref
@@ -114,7 +114,7 @@ def kept_bytes(s:LayerShape,
     return out
 
 # %% ../nbs/82_peaks.ipynb #cc65b359
-def mlp_work(s:LayerShape, saving:Saving, tokens:int, size:int=2, top=False)->int: # Bytes
+def mlp_work(s:LayerShape, saving:Saving, tokens:int, size:int=2)->int: # Bytes
     "What the backward pass of a layer's MLP takes, with its own gradients, beside what was kept."
     there = _two_gradients(s, tokens, size) + again_bytes(s, saving, tokens, size)
     if not s.wide: return there + tokens*(s.module + size*s.hidden)
@@ -122,7 +122,7 @@ def mlp_work(s:LayerShape, saving:Saving, tokens:int, size:int=2, top=False)->in
     piece = pieces[0].stop - pieces[0].start
     normed = s.hidden + up
     here = 0 if kept else s.gate_up + 2*up + normed
-    copied = s.hidden + down if s.copies[1] or s.after[1] or (top and down) else 0
+    copied = s.hidden + down if s.copies[1] or s.after[1] else 0
     second = s.hidden + (s.hidden if kept else 0)
     high = max(piece*(size*(s.wide + copied) + s.eight*s.hidden) + s.made[3],
                piece*(size*second + s.eight*s.gate_up) + sum(s.made[2:]))
@@ -148,7 +148,7 @@ def attention_work(s:LayerShape, saving:Saving, tokens:int, size:int=2)->int: # 
     lse = 4*s.heads*(1 + ("attended" not in keeps))
     kept = s.hidden if s.after[0] and "middle" not in keeps else 0
     copied = s.hidden + o if s.copies[0] or s.after[0] else 0
-    first = made + copied + s.attended + s.qkv + qkv + s.qkv*(1 + s.qk) # the last: back ends' own
+    first = made + copied + s.attended + s.qkv + qkv + s.qkv*s.qk # q, k, v make room for these
     second = s.qkv + qkv + 2*s.hidden
     high = max(tokens*(size*first + lse + s.eight*s.hidden) + s.made[1],
                tokens*(size*second + s.eight*s.qkv) + s.made[1] + s.made[0])
@@ -240,7 +240,7 @@ def _backward(s, plan, kept, now):
         held = sum(kept[:i + 1]) + host[i] + (host[i - 1] if host[i] and i else 0)
         own = kept_bytes(l, replace(p, host=False), *how[2:])
         later = own["gate_up"] + own["middle"] # gone when attention goes backward
-        out.append(now(f"MLP {i}", held, mlp_work(*how, i == len(plan) - 1), 0, grads))
+        out.append(now(f"MLP {i}", held, mlp_work(*how), 0, grads))
         out.append(now(f"attention {i}", held - later, attention_work(*how), 0,
                        grads + sum(l.made[2:])))
         grads += l.gradients*(not s.early)
@@ -286,20 +286,34 @@ def resident_bytes(model:nn.Module)->int:
 
 def unpacked_bytes(projections, # All of the model
                    dtype,       # What is computed in
-                   cut:int=0    # Rows unpacked at a time; 0: all
+                   cut:int=0,   # Rows unpacked at a time; 0: all
+                   slots:int=0  # As for `slots_of`
                   )->int:
-    "Memory in which matrices are unpacked; projections of a shape share it."
-    keys,codes = {},{}
-    for p in projections:
-        if getattr(p, "takes_codes", False):
-            codes[p.layout, p.K] = dict(both=0, one=1, none=2)[p.keep]*p.N*p.K
-            continue
-        plain = all(type(m.base) is nn.Linear and m.base.weight.dtype == dtype for m in p.parts)
-        if plain or p.matrix is not None: continue
-        if not cut or cut >= p.N: keys[p.layout, p.K] = (p.N + p.R)*(p.K + p.R)
-        else: keys |= {(min(cut, m.base.out_features), p.K): min(cut, m.base.out_features)*p.K
-                       for m in p.parts}
+    "Memory in which matrices are unpacked; projections of a shape, or of a slot, share it."
+    eight = [p for p in projections if getattr(p, "takes_codes", False)]
+    codes = {(p.layout, p.K): dict(both=0, one=1, none=2)[p.keep]*p.N*p.K for p in eight}
+    found = [p for p in projections if p not in eight and p.matrix is None and not all(
+        type(m.base) is nn.Linear and m.base.weight.dtype == dtype for m in p.parts)]
+    keys = dict(slots_of(found, cut, slots)) if slots else {}
+    for p in found if not slots else (): keys |= _unpacked(p, cut)
     return dtype.itemsize*sum(keys.values()) + sum(codes.values())
+
+def _unpacked(p, cut):
+    "Shape → numbers of what a projection is unpacked into."
+    if not cut or cut >= p.N: return {(p.layout, p.K): (p.N + p.R)*(p.K + p.R)}
+    return {(n, p.K): n*p.K for n in (min(cut, m.base.out_features) for m in p.parts)}
+
+# %% ../nbs/82_peaks.ipynb #1634f997
+def slots_of(projections, # All of the model
+             cut:int=0,   # Rows unpacked at a time; 0: all
+             slots:int=0  # 0: one a shape; 1: one for all; 2: the largest shape has its own
+            )->list:      # For each: a name and how many numbers it has, or None
+    "Which projections are unpacked into the same memory."
+    if not slots: return [None]*len(projections)
+    sizes = [max(_unpacked(p, cut).values()) for p in projections]
+    top = max(sizes, default=0)
+    rest = max((n for n in sizes if n < top), default=0)
+    return [("large", top) if slots == 1 or n == top else ("shared", rest) for n in sizes]
 
 # %% ../nbs/82_peaks.ipynb #1c001371
 def optimizer_bytes(parameters, # Those that are trained

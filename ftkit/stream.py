@@ -69,11 +69,11 @@ def _behind(half, dy, kept, projection, wide):
         wide = room(projection, *dy.shape, dy)
         dy,grads = norm.backward(dy, kept.y, norm.forward(kept.y)[1], out=wide[:,:width])
     ranks = _ranks(projection)
-    if factor == 1 and not ranks: return dy, grads
-    if factor != 1 or wide is None or wide.shape[1] < width + ranks:
+    if factor != 1:
         wide = room(projection, *dy.shape, dy)
         torch.mul(dy, factor, out=wide[:,:width])
-    return wide[:,:width + ranks], grads
+    roomy = ranks and wide is not None and wide.shape[1] >= width + ranks
+    return (wide[:,:width + ranks] if roomy else dy if factor == 1 else wide), grads
 
 # %% ../nbs/72_stream.ipynb #f902d92a
 def _marked(dx, ours):

@@ -1,5 +1,5 @@
 "What all tests share: no network, no windows, nothing kept in the user's home."
-import atexit, gc, glob, os, shutil, tempfile
+import atexit, gc, glob, os, shutil, signal, tempfile
 
 home = tempfile.mkdtemp(prefix="ftkit-tests-")
 atexit.register(shutil.rmtree, home, ignore_errors=True)
@@ -8,6 +8,8 @@ os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", MPLBACKEND
 # Triton reads this when it is imported, which any test module may do first
 if not any(map(glob.glob, ("/dev/nvidia[0-9]*", "/dev/kfd", "/dev/dxg"))):
     os.environ.setdefault("TRITON_INTERPRET", "1")
+# A job in the background ignores it
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_finish(session):

@@ -1,5 +1,6 @@
 "The peak of a step, predicted and counted; plans, and steps that are done again."
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import ftkit.decoder as decoder
 import ftkit.fast as fast
 import ftkit.kernels.lora as lora_kernels
 import ftkit.kernels.loss as loss_kernels
+import ftkit.planner as planner
 import ftkit.stream as stream
 from ftkit.core import FtkitError
 from ftkit.data.packing import collate
@@ -17,6 +19,8 @@ from ftkit.fast import find_decoder, set_saving, speed_up
 from ftkit.kept import Away, Saving
 from ftkit.kernels.edges import SCRATCH
 from ftkit.lora.inject import LoraConfig, add_lora
+from ftkit.memory import CUDA
+from ftkit.models.shapes import empty_model
 from ftkit.peaks import Peak, Tally, step_shape
 from ftkit.planner import FitMemory, apply_plan, cap_memory, ladder, most_tokens, plan_memory
 from ftkit.quant.linear import quantize_model
@@ -151,7 +155,7 @@ def test_a_head_that_dominates(as_on_a_gpu):
 
 
 def test_one_layer_of_attention_that_is_high(as_on_a_gpu):
-    model = made("lora", intermediate_size=32)
+    model = made("lora", intermediate_size=32, num_key_value_heads=4)
     said = Peak(step_shape(model, 2048, optimizer="paged_adamw_8bit"), "none")
     assert said.moment == "attention 3"
     found = counted_peak(model, 2048) + said.shape.optimizer
@@ -188,9 +192,50 @@ def test_each_rung_takes_less(as_on_a_gpu):
 
 
 def test_rungs_that_a_gpu_has_more():
-    assert len(ladder(4, 4096, True, True)) == len(ladder(4, 4096)) + 2
+    assert len(ladder(4, 4096, True, True)) == len(ladder(4, 4096)) + 3
+    fast_bus = ladder(4, 4096, True, True, True)
+    assert not any(s.level == "much" and not s.host for r in fast_bus for s in r.saving)
+    assert any(Saving("more", host=True) in r.saving for r in fast_bus)
     assert ladder(4, 100)[-1].saving[0] == Saving("most") # too few tokens for pieces
     with pytest.raises(FtkitError, match="CUDA alone"): cap_memory("0.5GB", "cpu")
+
+
+GOALS = [ # shape, bits, tokens, optimizer, checkpointing, budget of a GPU in GiB, at most GiB
+    ("llama3_8b", 16, 8192, "adamw", True, None, 17.2), ("llama3_8b", 4, 8192, "adamw", True, None, 7.8),
+    ("llama3_8b", 4, 16384, "adamw", True, None, 9.8), ("llama3_8b", 4, 2048, "paged_adamw_8bit", True, None, 5.9),
+    ("llama2_7b", 4, 2048, "paged_adamw_8bit", True, None, 4.42), ("llama3_8b", 4, 2048, "paged_adamw_8bit", None, 5.6, 4.9),
+    ("llama2_7b", 4, 2048, "paged_adamw_8bit", None, 4.6, 3.9)]
+
+
+def test_peaks_of_well_known_shapes():
+    "Where other programs need a certain memory, a plan stays below it."
+    made, unit = {}, 2**30
+    for name, bits, tokens, optimizer, checkpointing, gpu, most in GOALS:
+        if (name, bits) not in made:
+            model = empty_model(name, torch.bfloat16)
+            if bits == 4: quantize_model(model)
+            with torch.device("meta"): add_lora(model, LoraConfig(r=16))
+            assert speed_up(model.train(), hold=True)
+            made[name, bits] = model
+        budget = None if gpu is None else int(gpu*unit - CUDA)
+        plan = plan_memory(made[name, bits], tokens, budget, checkpointing, torch.bfloat16, optimizer=optimizer)
+        print(f"{plan.peak.bytes/unit:5.2f} of {most:5.2f} GiB", name, bits, tokens, plan)
+        assert plan.peak.bytes < most*unit, plan
+
+
+def test_copies_hide_where_the_bus_is_fast(monkeypatch):
+    model = made("qlora")
+    fast = find_decoder(model).__dict__["_fast"]
+    assert not planner.copies_hide(fast, 8192, torch.bfloat16)  # on a CPU there is no bus
+    where = SimpleNamespace(inner=SimpleNamespace(norm=SimpleNamespace(weight=SimpleNamespace(
+        device=torch.device("cuda")))), parts=fast.parts)
+    part = fast.parts[0]
+    work, n = 2*sum(p.N*p.K for p in part.projections), 2*(128 + 256 + 128)
+    for rate, room, tokens, hides in ((1.1, None, 8192, True), (0.9, None, 8192, False), (1.1, None, 512, False),
+                                      (1.1, 10**12, 8192, True), (1.1, 10**6, 8192, False)):
+        monkeypatch.setattr(planner, "device_rates", lambda *a: (rate*n*1e3, work*1e3))
+        monkeypatch.setattr(planner, "host_memory", lambda: room)
+        assert planner.copies_hide(where, tokens, torch.bfloat16) == hides, (rate, room, tokens)
 
 
 def lora_trainer(fast=True, **cfg):

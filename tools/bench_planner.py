@@ -22,9 +22,10 @@ import ftkit as ft
 from bench_memory import TINY, make_model
 from ftkit.activations import METHODS
 from ftkit.fast import speed_up
+from ftkit.kept import LEVELS, Saving
 from ftkit.memory import CUDA
 from ftkit.peaks import Tally
-from ftkit.planner import apply_plan, plan_memory, sweep
+from ftkit.planner import Rung, apply_plan, plan_memory, sweep
 from ftkit.training.optim import OptimConfig, build_optimizer
 from ftkit.training.plan import memory_bytes
 
@@ -34,10 +35,10 @@ PLANS = "none,some,much,most,host,pieces,24GB,12GB"
 
 def place(plan, name):
     "Go to the rung that a name means."
-    levels = [[s.level for s in r.saving] for r in plan.rungs]
-    if name in ("none", "some", "much", "most"):
-        plan.at = next(i for i, l in enumerate(levels) if set(l) == {name})
-    elif name == "host": plan.at = next(i for i, r in enumerate(plan.rungs) if r.saving[0].host)
+    if name in LEVELS or name == "host": # not each ladder has each of them
+        saving = Saving("more", host=True) if name == "host" else Saving(name)
+        plan.rungs.append(Rung((saving,)*len(plan.rungs[0].saving)))
+        plan.at = len(plan.rungs) - 1
     elif name == "pieces": plan.at = len(plan.rungs) - 1
     else: plan.budget = int(memory_bytes(name) - CUDA); plan.settle()
 

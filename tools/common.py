@@ -1,6 +1,7 @@
 "What the tools share: which notebooks there are, running one, work in forked children."
 import faulthandler, gc, glob, os, pickle, shutil, signal, sys, tempfile, textwrap, time, traceback
 import warnings
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -114,10 +115,9 @@ def preload():
     for name in names:
         try: __import__(name)
         except ImportError: pass
-    try:  # transformers loads its parts when they are named
-        if "transformers" in names:
-            from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast  # noqa
-    except ImportError: pass
+    if "transformers" in names:  # it loads its parts when they are named
+        with suppress(ImportError):
+            from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast # noqa
     gc.collect()
     gc.freeze()  # or each collection in a child would go through it all, and copy its pages
 
