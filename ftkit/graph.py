@@ -148,13 +148,15 @@ class StepGraphs(Callback):
         for name in ("forward_backward", "prepare_step"): trainer.__dict__.pop(name, None)
         if not self.why: self.defer(False); self.forget()
 
-    def may_record(self, trainer)->bool:
-        "Whether a run's steps may be recorded, as far as it is known before the run."
-        return trainer.cfg.cuda_graph is not False and not why_not_recorded(trainer)
-
     def _why_not(self):
         if self.recorder is Graph and self.trainer.device.type != "cuda": return "there is no GPU"
         return why_not_recorded(self.trainer, self.insist)
+
+# %% ../nbs/84_graph.ipynb #44811c97
+@patch
+def may_record(self:StepGraphs, trainer)->bool:
+    "Whether a run's steps may be recorded, as far as it is known before the run."
+    return trainer.cfg.cuda_graph is not False and not why_not_recorded(trainer)
 
 def _cannot(why):
     return FtkitError(f"steps cannot be recorded: {why}", where="train.cuda_graph=True",
@@ -270,6 +272,7 @@ def _mark(self:StepGraphs):
     self.highest = self.peaks()
     torch.cuda.reset_peak_memory_stats(self.trainer.device)
 
+# %% ../nbs/84_graph.ipynb #384eccb1
 @patch
 def worth(self:StepGraphs, share)->bool:
     "Whether a recording may pay, and there is memory for it."
@@ -317,6 +320,7 @@ def _memory_of(fast):
     if fast.edges: out += [fast.edges.there, fast.edges.back]
     return out + [(p.moves, p.gathers) for part in fast.parts for p in part.projections]
 
+# %% ../nbs/84_graph.ipynb #c7a5b6ca
 @patch
 def static(self:StepGraphs, entry)->tuple:
     "What is recorded: the same as always, on memory that stays."
@@ -355,6 +359,7 @@ def attempt(self:StepGraphs, entry, batch, factor)->tuple:
     if self.recorder.timed and not self.insist and quick > GAIN*slow: self.drop(entry)
     return out
 
+# %% ../nbs/84_graph.ipynb #80503fdf
 @patch
 def wait(self:StepGraphs):
     if self.trainer.device.type == "cuda": torch.cuda.synchronize(self.trainer.device)
@@ -388,5 +393,3 @@ def give_back(self:StepGraphs)->bool: # Whether there was something
     there = bool(self.held)
     if there: self.stop("memory ran out")
     return there
-
-

@@ -104,6 +104,7 @@ class MemoryPlan:
         peak = self.peak_at(i)
         return peak.bytes + peak.idle + (forward_bytes(peak) if self.standing else 0)
 
+# %% ../nbs/83_planner.ipynb #cbbe86c2
 def forward_bytes(peak:Peak)->int:
     "What a pass without gradients takes beside the weights."
     return max(sum(parts[k] for k in ("at work", "loss")) for name,parts in peak.line

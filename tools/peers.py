@@ -190,7 +190,8 @@ def report(a, seconds, tokens, losses, norms, peak, resident, loaded, learn):
     pairs = list(zip(tokens, seconds))[1 if a.parity else a.warmup:]
     rates, steady = sorted(n/s for n, s in pairs), sorted(s for _, s in pairs)
     say(a, tok_s=round(rates[len(rates)//2], 1), step_ms=round(1e3*steady[len(steady)//2], 2),
-        peak_gib=round(peak[0]/GIB, 3), reserved_gib=round(peak[1]/GIB, 3), resident_gib=round(resident/GIB, 3),
+        peak_gib=round(peak[0]/GIB, 3), reserved_gib=round(peak[1]/GIB, 3),
+        resident_gib=round(resident/GIB, 3),
         load_s=round(loaded, 1), learned_weights=sum(p.numel() for p in learn),
         losses=[round(x, 5) for x in losses], norms=[round(x, 6) for x in norms])
 
