@@ -432,7 +432,8 @@ def step(model):
     model.zero_grad()
     loss = model(input_ids=ids, labels=ids).loss
     loss.backward()
-    return loss.detach(), torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
+    grads = [p.grad.flatten() for p in model.parameters() if p.requires_grad]
+    return loss.detach(), torch.cat(grads)
 
 
 @pytest.mark.parametrize("how", (dict(r=8), dict(r=3), dict(r=80), dict(r=8, dropout=0.3),

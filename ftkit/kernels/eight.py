@@ -16,7 +16,7 @@ from .fp8 import (_row_scale, qtensor_scales, qtensor_to_fp8, quantize_rows,
 from .launch import dot_precision, jit, on, row_stride, tl, triton
 from .lora import Projection, why_not
 from .middle import RANKS, _block, _fits, _load, _room, _store
-from .norm import _stride, fits_kernels, rms_forward
+from .norm import _stride, rms_forward
 from ..quant.fp8 import E4M3, row_scales
 from ..quant.linear import QLinear
 
