@@ -18,7 +18,8 @@ try:
     import triton.language as tl
     jit = triton.jit
 except ImportError: # the kernels are then defined, and never called
-    triton,jit,tl = None,lambda f=None, **_: f or (lambda g: g),SimpleNamespace(constexpr=None)
+    triton,jit = None,lambda f=None, **_: f or (lambda g: g)
+    tl = SimpleNamespace(constexpr=lambda value: value)
 
 # %% ../../nbs/06_kernels.launch.ipynb #0d35b1fc
 @jit

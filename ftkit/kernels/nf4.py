@@ -8,9 +8,8 @@ __all__ = ['ASK', 'ASK_TYPES', 'TILE', 'WORDS', 'dequantize_kernel', 'together_k
 # %% ../../nbs/11_kernels.nf4.ipynb #64ce299a
 from contextlib import nullcontext
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
+from .launch import jit, tl, triton
 from ..quant.nf4 import _borders, check_block, code_values, quantize_blocks, dequantize_blocks
 
 # %% ../../nbs/11_kernels.nf4.ipynb #16a9414a
@@ -22,7 +21,7 @@ _ASK = ("{.reg .u32 lane; .reg .b64 at; .reg .b32 own; mov.u32 lane, %laneid; "
 ASK = tl.constexpr(_ASK)
 ASK_TYPES = tl.constexpr(",".join(["=r"]*8 + ["r"]*8 + ["l"]*8))
 
-@triton.jit
+@jit
 def _eight_weights(words, values, factor, SHUFFLE:tl.constexpr):
     "The weights of each word, [words, 8], float32."
     code = words[:, None] >> (4*(tl.arange(0, 8) ^ 1))[None, :]
@@ -34,7 +33,7 @@ def _eight_weights(words, values, factor, SHUFFLE:tl.constexpr):
     return weights*factor[:, None]
 
 # %% ../../nbs/11_kernels.nf4.ipynb #98520d39
-@triton.jit
+@jit
 def _block_scales(absmax, nested, offset, table, block, first, there, DOUBLE:tl.constexpr):
     "The scale of each of these blocks, double quantization undone."
     scale = tl.load(absmax + block, mask=there, other=0)
@@ -45,7 +44,7 @@ def _block_scales(absmax, nested, offset, table, block, first, there, DOUBLE:tl.
     return scale
 
 # %% ../../nbs/11_kernels.nf4.ipynb #af80f456
-@triton.jit
+@jit
 def _place(start, local, stride, COLUMNS:tl.constexpr, STRIDED:tl.constexpr, ROWS:tl.constexpr):
     "Row of each word, and where in the output it begins."
     row,at = start + local,(start + local)*8
@@ -57,13 +56,13 @@ def _place(start, local, stride, COLUMNS:tl.constexpr, STRIDED:tl.constexpr, ROW
         if STRIDED: at = row*stride + (inside - under*(COLUMNS//8))*8
     return row, at
 
-@triton.jit
+@jit
 def _store_words(out, at, word, scale, values, there, SHUFFLE:tl.constexpr):
     weights = _eight_weights(word, values, scale, SHUFFLE).to(out.dtype.element_ty)
     tl.store(out + at[:, None] + tl.arange(0, 8)[None, :], weights, mask=there[:, None])
 
 # %% ../../nbs/11_kernels.nf4.ipynb #7416e870
-@triton.jit(do_not_specialize=["first", "n_words"])
+@jit(do_not_specialize=["first", "n_words"])
 def _words_kernel(codes, absmax, nested, offset, values, table, factors, out, n_words, stride,
                   first, BLOCK:tl.constexpr, COLUMNS:tl.constexpr, WORDS:tl.constexpr,
                   DOUBLE:tl.constexpr, STRIDED:tl.constexpr, ROWS:tl.constexpr,
@@ -89,7 +88,7 @@ def _words_kernel(codes, absmax, nested, offset, values, table, factors, out, n_
     _store_words(out, at_b, word_b, scale_b, values, in_b, SHUFFLE)
 
 # %% ../../nbs/11_kernels.nf4.ipynb #d9e17a10
-@triton.jit(do_not_specialize=["first", "n", "n_bytes"])
+@jit(do_not_specialize=["first", "n", "n_bytes"])
 def _bytes_kernel(codes, absmax, nested, offset, values, table, factors, out, n, n_bytes, columns,
                   stride, first, BLOCK:tl.constexpr, BYTES:tl.constexpr, DOUBLE:tl.constexpr,
                   ROWS:tl.constexpr):
@@ -154,11 +153,11 @@ def _row_of(out, matrix):
                      f"strides {out.stride()}")
 
 # %% ../../nbs/11_kernels.nf4.ipynb #840e32c6
-@triton.jit
+@jit
 def _pick(which, a, b, c): return tl.where(which == 0, a, tl.where(which == 1, b, c))
 
 # %% ../../nbs/11_kernels.nf4.ipynb #d7b3223f
-@triton.jit(do_not_specialize=["n0", "n1", "n2"])
+@jit(do_not_specialize=["n0", "n1", "n2"])
 def _together_kernel(codes0, codes1, codes2, absmax0, absmax1, absmax2, nested0, nested1, nested2,
                      offset0, offset1, offset2, values, table, out, n0, n1, n2, stride,
                      BLOCK:tl.constexpr, COLUMNS:tl.constexpr, WORDS:tl.constexpr,
@@ -214,7 +213,7 @@ def together_kernel(parts:list,      # Two or three of (codes, absmax, nested, o
     return True
 
 # %% ../../nbs/11_kernels.nf4.ipynb #2165750a
-@triton.jit
+@jit
 def _quantize_kernel(w, codes, absmax, borders, order, n, n_bytes,
                      BLOCK:tl.constexpr, ROWS:tl.constexpr, FAST:tl.constexpr):
     "`ROWS` blocks of `BLOCK` weights each."
