@@ -48,9 +48,10 @@ def need_fp8(device, *widths:int)->None:
 def _row_scale(largest, scales, row):
     "Write the scale of a row with this largest magnitude; its inverse comes back."
     scale = largest*(1/448.)
-    scale = tl.where(scale == 0, 1., scale)
+    none = scale < 1.1754943508222875e-38 # `SMALLEST`
+    scale = tl.where(none, 1., scale)
     tl.store(scales + row, scale)
-    return tl.div_rn(1., scale)
+    return tl.where(none, 0., tl.div_rn(1., scale))
 
 @jit
 def _rows_kernel(x, factors, codes, scales, width, stride, out_stride, FACTORS:tl.constexpr,
@@ -208,6 +209,7 @@ def scaled_linear(x:Tensor,              # Codes of the inputs, [T, K], float8_e
         found = fp8_product(x, sx, w, sw, dtype)
         return found if out is None else out.copy_(found)
     need_fp8(x.device, *w.shape)
+    if not len(x): return x.new_empty(0, len(w), dtype=dtype) if out is None else out
     sw = _ones(w.shape[0], x.device) if sw is None else sw.view(1, -1)
     kind = torch.bfloat16 # the type that row scales come with
     same = out is not None and dtype == kind and out.is_contiguous()
