@@ -7,6 +7,7 @@ import torch
 CUDA = torch.cuda.is_available()
 if not CUDA: os.environ["TRITON_INTERPRET"] = "1"
 
+from ftkit.kernels.attention import Rows, kernel_forward
 from ftkit.kernels.fp8 import quantize_rows, scaled_linear
 from ftkit.kernels.launch import interpreted
 from ftkit.quant.fp8 import E4M3, from_fp8, to_fp8
@@ -30,3 +31,22 @@ def test_no_tokens_in_eight_bits():
     w = torch.ones(32, 16, device=DEV).to(E4M3)
     x,scales = torch.empty(0, 16, device=DEV).to(E4M3),torch.empty(0, 1, device=DEV)
     assert scaled_linear(x, scales, w).shape == (0, 32)
+
+
+def test_attention_writes_where_it_is_told_or_says_why_not():
+    q,k,v = torch.randn(3, 20, 2, 16, generator=torch.Generator().manual_seed(0)).to(DEV)
+    rows,out = Rows(2, 10),torch.zeros(20, 16, 2, device=DEV).transpose(1, 2)
+    with kernels(), pytest.raises(ValueError, match="last dimension"):
+        kernel_forward(q, k, v, rows, .25, out=out)
+
+
+def test_heads_that_lie_far_apart():
+    "Further than 2³¹ numbers: each head's offset needs 64 bits."
+    if not CUDA: pytest.skip("it needs several gigabytes")
+    far = torch.empty(3*2**30 + 128, dtype=torch.float16, device=DEV)
+    q = far.as_strided((8, 4, 16), (16, 2**30, 1)).normal_()
+    k,v = torch.randn(2, 8, 4, 16, device=DEV).half()
+    rows = Rows(1, 8)
+    near,apart = (kernel_forward(x, k, v, rows, .25) for x in (q.contiguous(), q))
+    for a,b in zip(near, apart):
+        assert torch.equal(a, b)

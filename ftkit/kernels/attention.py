@@ -218,7 +218,7 @@ def _forward_kernel(q, k, v, out, lse, first, tokens, seq, window, scale, cap,
                     DENSE:tl.constexpr, EVEN:tl.constexpr, CAP:tl.constexpr,
                     PRECISION:tl.constexpr, M:tl.constexpr, N:tl.constexpr):
     "`M` queries of one head against their keys, `N` at a time."
-    head,blocks = tl.program_id(0)%HEADS,tl.num_programs(0)//HEADS
+    head,blocks = (tl.program_id(0)%HEADS).to(tl.int64),tl.num_programs(0)//HEADS
     m = _block(tl.program_id(0)//HEADS, blocks, tokens, seq, M, EVEN, True)
     q,k,v = q + head*q_head,k + head//GROUP*k_head,v + head//GROUP*v_head
     i = m + tl.arange(0, M)
@@ -236,7 +236,7 @@ def _forward_kernel(q, k, v, out, lse, first, tokens, seq, window, scale, cap,
             vs = _tile(v, n, v_row, tokens, N, HEAD, WIDE, part != 1)
             acc,total,top = _online(acc, total, top, s, vs, PRECISION)
     _put(out + head*out_head, m, out_row, tokens, acc/total[:, None], M, HEAD, WIDE)
-    tl.store(lse + head.to(tl.int64)*tokens + i, top + tl.log2(total), mask=i < tokens)
+    tl.store(lse + head*tokens + i, top + tl.log2(total), mask=i < tokens)
 
 # %% ../../nbs/57_kernels.attention.ipynb #9f2fb43f
 _SMALLER = [(64, 64, 4, 2), (64, 32, 4, 2), (32, 32, 4, 2), (32, 32, 4, 1), (16, 16, 4, 1)]
@@ -310,11 +310,12 @@ def kernel_forward(q:Tensor, k:Tensor, v:Tensor,    # [tokens, heads or kv_heads
     "Attention in one pass over the keys; the last dimension of all is contiguous."
     if out is None: out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(q.shape[1], len(q), dtype=torch.float32, device=q.device)
+    if out.stride(-1) != 1: raise ValueError("attention: out needs a contiguous last dimension")
     if not len(q): return out,lse
     numbers,constants = _common(q, k, rows, window, scale, softcap)
     first = bounds(rows, q.device)[0] if rows.packed else lse # not read
-    q,k,v,given = *(_last_contiguous(x) for x in (q, k, v)),_last_contiguous(out)
-    args = (q, k, v, given, lse, first, *numbers, *_strides(q, k, v, given))
+    q,k,v = (_last_contiguous(x) for x in (q, k, v))
+    args = (q, k, v, out, lse, first, *numbers, *_strides(q, k, v, out))
     _launch("forward", _forward_kernel, q, q.shape[1], rows, args, constants)
     return out,lse
 
@@ -331,10 +332,10 @@ def _queries_kernel(q, k, v, out, dout, dq, lse, delta, first, tokens, seq, wind
                     DENSE:tl.constexpr, EVEN:tl.constexpr, CAP:tl.constexpr,
                     PRECISION:tl.constexpr, M:tl.constexpr, N:tl.constexpr):
     "The gradient of `M` queries of one head, `N` keys at a time; and delta."
-    head,blocks = tl.program_id(0)%HEADS,tl.num_programs(0)//HEADS
+    head,blocks = (tl.program_id(0)%HEADS).to(tl.int64),tl.num_programs(0)//HEADS
     m = _block(tl.program_id(0)//HEADS, blocks, tokens, seq, M, EVEN, True)
     k,v = k + head//GROUP*k_head,v + head//GROUP*v_head
-    i,line = m + tl.arange(0, M),head.to(tl.int64)*tokens
+    i,line = m + tl.arange(0, M),head*tokens
     low = _first_key(i, first, tokens, seq, window, DENSE)
     lo,full,edge,end = _runs(m, first, tokens, seq, window, DENSE, M, N)
     qs = _tile(q + head*q_head, m, q_row, tokens, M, HEAD, WIDE, True)
@@ -393,7 +394,7 @@ def _keys_kernel(q, k, v, dout, dk, dv, lse, delta, first, last, tokens, seq, wi
                  DENSE:tl.constexpr, EVEN:tl.constexpr, CAP:tl.constexpr,
                  PRECISION:tl.constexpr, M:tl.constexpr, N:tl.constexpr):
     "The gradients of `N` keys and values of one head, `M` queries of each of its group at a time."
-    kv,blocks = tl.program_id(0)%HEADS,tl.num_programs(0)//HEADS
+    kv,blocks = (tl.program_id(0)%HEADS).to(tl.int64),tl.num_programs(0)//HEADS
     n = _block(tl.program_id(0)//HEADS, blocks, tokens, seq, N, EVEN, False)
     end = _last_query(tl.minimum(n + N, tokens) - 1, last, tokens, seq, window, DENSE)
     full = tl.minimum(n + (N + M - 2)//M*M, end)
@@ -404,7 +405,7 @@ def _keys_kernel(q, k, v, dout, dk, dv, lse, delta, first, last, tokens, seq, wi
     k_sum,v_sum = tl.zeros([N, WIDE], tl.float32),tl.zeros([N, WIDE], tl.float32)
     for g in range(GROUP):
         head = kv*GROUP + g
-        line = head.to(tl.int64)*tokens
+        line = head*tokens
         for part in tl.static_range(3):
             start = n if part == 0 else (full if part == 1 else edge)
             for m in range(start, full if part == 0 else (edge if part == 1 else end), M):
