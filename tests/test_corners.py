@@ -8,8 +8,10 @@ CUDA = torch.cuda.is_available()
 if not CUDA: os.environ["TRITON_INTERPRET"] = "1"
 
 from ftkit.kernels.attention import Rows, kernel_forward
+from ftkit.kernels.backends import BACKENDS, Case
 from ftkit.kernels.fp8 import quantize_rows, scaled_linear
 from ftkit.kernels.launch import interpreted
+from ftkit.kernels.loss import score_
 from ftkit.quant.fp8 import E4M3, from_fp8, to_fp8
 
 DEV = "cuda" if CUDA else "cpu"
@@ -50,3 +52,20 @@ def test_heads_that_lie_far_apart():
     near,apart = (kernel_forward(x, k, v, rows, .25) for x in (q.contiguous(), q))
     for a,b in zip(near, apart):
         assert torch.equal(a, b)
+
+
+def test_cudnn_takes_no_single_tokens(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91300)
+    case = Case("cuda", (9, 0), torch.bfloat16, 8, 2, 64, False, 1, False, False, True)
+    assert "one token" in BACKENDS["cudnn"].refuses(case)
+
+
+def test_targets_and_counts_with_gaps():
+    g = torch.Generator().manual_seed(0)
+    z,table = torch.randn(6, 50, generator=g).to(DEV),torch.randint(50, (6, 2), generator=g).to(DEV)
+    counts,found = torch.full((1,), .5, device=DEV).expand(6),[]
+    for t,c in (table[:,1], counts), (table[:,1].clone(), counts.clone()):
+        a,b,x = torch.empty(6, device=DEV),torch.empty(6, device=DEV),z.clone()
+        with kernels(): score_(x, t, a, b, c)
+        found.append((a, b, x))
+    torch.testing.assert_close(*found)

@@ -114,6 +114,7 @@ def _cudnn_refuses(case):
     most = 256 if case.chip == (9, 0) and version >= 91000 else 128
     if case.head_dim > most: return f"heads are wider than {most}"
     if case.window: return "it has no window"
+    if case.length < 2: return "it takes no rows of one token"
     if not case.steady: return f"more than {STEADY} shapes have come, and it plans each anew"
 
 # %% ../../nbs/58_kernels.backends.ipynb #0450410c
@@ -187,7 +188,7 @@ def _efficient_forward(q, k, v, rows, scale, window, softcap):
     return out.view(q.shape),tuple(saved[:3])
 
 def _efficient_backward(dout, q, k, v, out, saved, rows, scale, window, softcap, dq, dk, dv):
-    kv_heads = k.shape[1]
+    kv_heads,dout = k.shape[1],dout.contiguous()
     k,v = _repeat(k, q.shape[1]),_repeat(v, q.shape[1])
     (do,q,k,v,out),cu,_ = _efficient_where(rows, q.device, dout, q, k, v, out)
     lse,seed,offset = saved
