@@ -87,7 +87,8 @@ def score_(logits:Tensor,      # What the head says, [rows, vocab]; becomes the 
     "`score_formula` into memory that is there."
     if not use_kernels(logits):
         return _by_formula(logits, targets, losses, hits, counts, scale, softcap, grad)
-    rows,vocab = logits.shape
+    (rows,vocab),targets = logits.shape,targets.contiguous() # a kernel reads them in a row
+    counts = None if counts is None else counts.contiguous()
     block = min(triton.next_power_of_2(vocab), 8192)
     with on(logits):
         _score_kernel[rows,](logits, targets, losses if counts is None else counts, losses, hits,
