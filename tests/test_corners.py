@@ -7,12 +7,16 @@ import torch
 CUDA = torch.cuda.is_available()
 if not CUDA: os.environ["TRITON_INTERPRET"] = "1"
 
+import ftkit.kernels.launch as launch
 from ftkit.kernels.attention import Rows, kernel_forward
 from ftkit.kernels.backends import BACKENDS, Case
+from ftkit.kernels.edges import Moves, dropped
 from ftkit.kernels.fp8 import quantize_rows, scaled_linear
 from ftkit.kernels.launch import interpreted
 from ftkit.kernels.loss import score_
+from ftkit.kernels.nf4 import dequantize_kernel, together_kernel
 from ftkit.quant.fp8 import E4M3, from_fp8, to_fp8
+from ftkit.quant.qtensor import dynamic_map, quantize
 
 DEV = "cuda" if CUDA else "cpu"
 kernels = nullcontext if CUDA else interpreted
@@ -69,3 +73,30 @@ def test_targets_and_counts_with_gaps():
         with kernels(): score_(x, t, a, b, c)
         found.append((a, b, x))
     torch.testing.assert_close(*found)
+
+
+def bits(n=16):
+    "What kernels write in bfloat16, by several of them."
+    g = torch.Generator().manual_seed(0)
+    w,x = torch.randn(n, 64, generator=g).to(DEV),torch.randn(n, 40, generator=g).to(DEV).bfloat16()
+    q = quantize(w, double=True, like="cuda")
+    facts = q.kind,q.block,q.nested_absmax,q.offset,dynamic_map(q.device)
+    out,moved = (torch.empty(n, 64, device=DEV, dtype=torch.bfloat16) for _ in range(2))
+    losses,hits = torch.empty(2, n, device=DEV)
+    with kernels():
+        dequantize_kernel(q.codes, q.absmax, out, *facts)
+        Moves([w], [moved], [.5])([w], [moved])
+        score_(z := x.clone(), torch.arange(n, device=DEV), losses, hits)
+        thin = dropped(x, 5, .25)
+        parts = [(q.codes, q.absmax, q.nested_absmax, q.offset)]*2
+        both = together_kernel(parts, [n, n], torch.cat([out, out]), table=facts[-1])
+    return (out, moved, z, thin),both
+
+
+def test_bfloat16_where_the_gpu_does_not_round_to_it(monkeypatch):
+    new,both = bits()
+    monkeypatch.setattr(launch, "_old", lambda device: True)
+    old,none = bits()
+    assert both and not none
+    for a,b in zip(new, old): torch.testing.assert_close(a, b, rtol=8e-3, atol=1e-5)
+    if CUDA: assert torch.equal(new[0], old[0]) # the interpreter cuts bits off

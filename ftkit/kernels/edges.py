@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..core import FtkitError
 from .norm import fits_kernels
 from .rope import _tables, rotate_
-from .launch import jit, on, row_stride, tl, triton, use_kernels
+from .launch import jit, on, row_stride, tl, triton, use_kernels, writes
 from ..quant.linear import QLinear
 from ..quant.qtensor import QTensor
 
@@ -65,7 +65,7 @@ def dropped(x:Tensor,       # [rows, columns]
     "`x` with a share of its numbers set to zero, and the others made larger to make up for it."
     there = isinstance(seed, Tensor) # a step that is replayed finds another seed there each time
     key = seed[which] if there else _key(seed, which)
-    if not use_kernels(x):
+    if not (use_kernels(x) and writes(x if add is None else add)):
         y = torch.where(_keep(x, key, share), x.float()/(1 - share), 0.)
         return y.to(x.dtype) if add is None else add.add_(y.to(add.dtype))
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device) if add is None else add
@@ -245,7 +245,8 @@ class Moves:
         scales = list(scales or [1.]*len(srcs))
         _check_moves(srcs, dsts, scales)
         self.scales,self.table = scales,None
-        if use_kernels(dsts[0]): self.table = _tabulate(srcs, dsts, scales, self.TILE)
+        if use_kernels(dsts[0]) and writes(dsts[0]):
+            self.table = _tabulate(srcs, dsts, scales, self.TILE)
 
     def __call__(self,
                  srcs:list,     # Laid out as those it was made with

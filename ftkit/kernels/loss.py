@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.parallel import DistributedDataParallel
-from .launch import jit, on, row_stride, tl, triton, use_kernels
+from .launch import jit, on, row_stride, tl, triton, use_kernels, writes
 
 # %% ../../nbs/53_kernels.loss.ipynb #d131dc33
 IGNORE = -100 # The target of a row that does not count
@@ -85,7 +85,7 @@ def score_(logits:Tensor,      # What the head says, [rows, vocab]; becomes the 
            grad:bool=True      # False leaves the logits as they are
           ):
     "`score_formula` into memory that is there."
-    if not use_kernels(logits):
+    if not (use_kernels(logits) and writes(logits)):
         return _by_formula(logits, targets, losses, hits, counts, scale, softcap, grad)
     (rows,vocab),targets = logits.shape,targets.contiguous() # a kernel reads them in a row
     counts = None if counts is None else counts.contiguous()

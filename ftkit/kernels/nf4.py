@@ -9,7 +9,7 @@ __all__ = ['ASK', 'ASK_TYPES', 'TILE', 'WORDS', 'dequantize_kernel', 'together_k
 from contextlib import nullcontext
 import torch
 from torch import Tensor
-from .launch import jit, tl, triton
+from .launch import jit, tl, triton, writes
 from ..quant.nf4 import _borders, check_block, code_values, quantize_blocks, dequantize_blocks
 
 # %% ../../nbs/11_kernels.nf4.ipynb #16a9414a
@@ -121,6 +121,9 @@ def dequantize_kernel(codes:Tensor,        # [⌈n/2⌉, 1], uint8
                       factors:Tensor=None  # Multiply row i of a matrix by factors[i], float32
                      )->Tensor:            # `out`
     "The weights that codes and scales stand for, in one pass."
+    if not writes(out): return out.copy_(dequantize_kernel(
+        codes, absmax, torch.empty(out.shape, device=out.device), kind, block, nested, offset,
+        table, first, factors))
     columns,stride = _row_of(out, factors is not None)
     values,double = code_values(kind, codes.device),offset is not None
     if not double: nested,offset,table = values,values,values  # not read
@@ -199,7 +202,8 @@ def together_kernel(parts:list,      # Two or three of (codes, absmax, nested, o
     columns,double = out.shape[1],offset[0] is not None
     if not 1 < len(parts) < 4 or columns % 8 or out.stride(1) != 1 or out.numel() >= 2**31:
         return False
-    if any(c.data_ptr() % 4 or c.storage_offset() % 4 for c in codes): return False
+    if not writes(out) or any(c.data_ptr() % 4 or c.storage_offset() % 4 for c in codes):
+        return False
     values = code_values(kind, out.device)
     if not double: nested,offset,table = [values]*len(parts),[values]*len(parts),values
     words = [n*columns//8 for n in rows]
