@@ -7,6 +7,7 @@ import torch
 CUDA = torch.cuda.is_available()
 if not CUDA: os.environ["TRITON_INTERPRET"] = "1"
 
+import ftkit.kernels.fp8 as fp8
 import ftkit.kernels.launch as launch
 from ftkit.kernels.attention import Rows, kernel_forward
 from ftkit.kernels.backends import BACKENDS, Case
@@ -100,3 +101,13 @@ def test_bfloat16_where_the_gpu_does_not_round_to_it(monkeypatch):
     assert both and not none
     for a,b in zip(new, old): torch.testing.assert_close(a, b, rtol=8e-3, atol=1e-5)
     if CUDA: assert torch.equal(new[0], old[0]) # the interpreter cuts bits off
+
+
+def test_eight_bits_need_a_pytorch_that_keeps_to_its_stream(monkeypatch):
+    monkeypatch.setattr(fp8, "capability", lambda device: (8, 9))
+    for version,why in ("2.11.0+cu130", "another stream"), ("2.12.0a0+git", None):
+        monkeypatch.setattr(torch, "__version__", version)
+        fp8._wrong_stream.cache_clear(), fp8._too_old.cache_clear()
+        assert why is None and fp8.why_not_fp8("cuda:0", 64) is None or \
+            why in fp8.why_not_fp8("cuda:0", 64)
+    fp8._wrong_stream.cache_clear(), fp8._too_old.cache_clear()

@@ -75,7 +75,8 @@ def rms_codes(x:Tensor,             # [tokens, dim]
 # %% ../../nbs/72_kernels.eight.ipynb #02212b55
 def _warps(width, each):
     block = triton.next_power_of_2(width)
-    return dict(BLOCK=block, num_warps=min(16, max(4, block//each)))
+    warps = min(16, max(4, block//each), max(1, block//32)) # a sum may be written over what it read
+    return dict(BLOCK=block, num_warps=warps)
 
 # %% ../../nbs/72_kernels.eight.ipynb #cc3d8deb
 def eight_why_not(modules # Linear layers that read the same input

@@ -21,6 +21,11 @@ from ..quant.qtensor import QTensor, dynamic_map
 @lru_cache
 def _too_old(device): return device.type == "cuda" and capability(device) < (8, 9)
 
+@lru_cache
+def _wrong_stream(device): # pytorch/pytorch#177651
+    version = tuple(map(int, torch.__version__.split(".")[:2]))
+    return capability(device) == (8, 9) and version < (2, 12)
+
 def why_not_fp8(device,          # Where it is to be computed
                 *widths:int      # Inputs and outputs of the layers
                )->str:           # Why not; None if it can
@@ -29,6 +34,8 @@ def why_not_fp8(device,          # Where it is to be computed
     if _too_old(device):
         return "tensor cores know e4m3 from compute capability 8.9 on, and this GPU has " \
                "{}.{}".format(*capability(device))
+    if _wrong_stream(device):
+        return "PyTorch before 2.12 starts them on another stream on this GPU"
     odd = [w for w in widths if w % 16]
     return f"a width of {odd[0]} is no multiple of 16" if odd else None
 

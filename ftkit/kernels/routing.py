@@ -124,8 +124,9 @@ def gate_backward(dh:Tensor,       # Gradient of h without the router's weight, 
         h,dots = _gate_back_plain(dh, gate_up, weights.flatten()[to.order], act)
     else:
         h,dots = dh,dh.new_empty(M, dtype=torch.float32) # dh is read before h is written there
+        block = _power(F, 16, 1024) # no number is in two threads, of which one could read late
         with on(dh): _gate_back_kernel[(M,)](
             dh, gate_up, h, weights.contiguous(), to.order, dots, F, row_stride(gate_up),
-            H=keep, ACT=act, BLOCK=_power(F, 16, 1024))
+            H=keep, ACT=act, BLOCK=block, num_warps=max(1, min(4, block//32)))
     dots = dots[to.places.long()].where(to.places < to.offsets[-1], 0)
     return h if keep else None, dots.to(weights.dtype)
