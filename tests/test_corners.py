@@ -11,12 +11,13 @@ import ftkit.kernels.fp8 as fp8
 import ftkit.kernels.launch as launch
 from ftkit.kernels.attention import Rows, kernel_forward
 from ftkit.kernels.backends import BACKENDS, Case
-from ftkit.kernels.edges import Moves, dropped
+from ftkit.kernels.edges import Moves, dropped, unpack
 from ftkit.kernels.fp8 import quantize_rows, scaled_linear
 from ftkit.kernels.launch import interpreted
 from ftkit.kernels.loss import score_
 from ftkit.kernels.nf4 import dequantize_kernel, together_kernel
 from ftkit.quant.fp8 import E4M3, from_fp8, to_fp8
+from ftkit.quant.linear import QLinear
 from ftkit.quant.qtensor import dynamic_map, quantize
 
 DEV = "cuda" if CUDA else "cpu"
@@ -111,3 +112,15 @@ def test_eight_bits_need_a_pytorch_that_keeps_to_its_stream(monkeypatch):
         assert why is None and fp8.why_not_fp8("cuda:0", 64) is None or \
             why in fp8.why_not_fp8("cuda:0", 64)
     fp8._wrong_stream.cache_clear(), fp8._too_old.cache_clear()
+
+
+@pytest.mark.parametrize("double", [True, False])
+def test_a_layer_of_one_of_many_experts(double):
+    "Its scales begin within a block of 256 of their own scales."
+    w = torch.randn(3, 40, 64, generator=torch.Generator().manual_seed(0)).to(DEV)
+    q = quantize(w*torch.tensor([1., 10., 100.], device=DEV).view(3, 1, 1), double=double)[2]
+    layer = QLinear(64, 40, bias=False, double=double, compute_dtype=torch.float32).to(DEV)
+    layer.load_qtensor(q)
+    right,out = q.dequantize(torch.float32),torch.empty(30, 64, device=DEV)
+    assert torch.equal(layer.weight, right) and bool(q.first)
+    assert torch.equal(unpack(layer, 10, 40, out), right[10:])

@@ -128,9 +128,10 @@ def _rows(q, a, b):
     if (a, b) == (0, q.shape[0]): return q
     at,n = a*q.shape[1],(b - a)*q.shape[1]
     if at % q.block or (b < q.shape[0] and n % q.block): return None
-    first,blocks,nested = at//q.block,-(-n//q.block),q.nested_absmax
+    place,blocks,nested = at//q.block,-(-n//q.block),q.nested_absmax
+    first = q.first + place
     if q.double: nested = nested[first//256:-(-(first + blocks)//256)]
-    return QTensor(q.codes[at//2:-(-(at + n)//2)], q.absmax[first:first + blocks],
+    return QTensor(q.codes[at//2:-(-(at + n)//2)], q.absmax[place:place + blocks],
                    (b - a, q.shape[1]), q.dtype, q.kind, q.block, nested, q.offset, first % 256)
 
 def unpack(base:nn.Linear, # Plain, or in four bits

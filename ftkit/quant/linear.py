@@ -67,7 +67,8 @@ class Frozen:
         facts = self.__dict__.setdefault("_frozen", {})
         if name in facts and (old := facts[name]["shape"]) != tuple(q.shape):
             raise FtkitError(f"expected shape {old}, found {tuple(q.shape)}", where=name)
-        facts[name] = dict(shape=tuple(q.shape), dtype=q.dtype, kind=q.kind, block=q.block)
+        facts[name] = dict(shape=tuple(q.shape), dtype=q.dtype, kind=q.kind, block=q.block,
+                           first=q.first)
         for part in "codes", "absmax", "nested_absmax", "offset":
             self.register_buffer(f"{name}_{part}", getattr(q, part), persistent=False)
 
@@ -180,7 +181,7 @@ def dequantize_together(layers:list, # Of any kind
     if len(layers) < 2 or not has_kernels(out) or any(type(m) is not QLinear for m in layers):
         return False
     qs = [m.qtensor() for m in layers]
-    if len({(q.kind, q.block, q.double) for q in qs}) > 1: return False
+    if len({(q.kind, q.block, q.double) for q in qs}) > 1 or any(q.first for q in qs): return False
     from ftkit.kernels.nf4 import together_kernel
     parts = [(q.codes, q.absmax, q.nested_absmax, q.offset) for q in qs]
     return together_kernel(parts, [q.shape[0] for q in qs], out, qs[0].kind, qs[0].block,
