@@ -262,6 +262,8 @@ def test_the_table(monkeypatch):
     monkeypatch.setattr(attention, "_picks", {})
     turing = HOPPER._replace(chip=(7, 5), dtype=torch.float16)
     expected = {HOPPER: "cudnn", HOPPER._replace(packed=True): "flash",
+                HOPPER._replace(head_dim=192): "flash", HOPPER._replace(whole=False): "flash",
+                HOPPER._replace(chip=(12, 0)): "flash", HOPPER._replace(chip=(10, 0)): "cudnn",
                 HOPPER._replace(head_dim=256): "cudnn", HOPPER._replace(window=True): "flash",
                 HOPPER._replace(softcap=True): "triton", HOPPER._replace(steady=False): "flash",
                 HOPPER._replace(head_dim=100): "triton", HOPPER._replace(head_dim=512): "efficient",

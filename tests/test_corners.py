@@ -7,10 +7,11 @@ import torch
 CUDA = torch.cuda.is_available()
 if not CUDA: os.environ["TRITON_INTERPRET"] = "1"
 
+import ftkit.kernels.backends as backends
 import ftkit.kernels.fp8 as fp8
 import ftkit.kernels.launch as launch
 from ftkit.kernels.attention import Rows, kernel_forward
-from ftkit.kernels.backends import BACKENDS, Case
+from ftkit.kernels.backends import BACKENDS, Case, case_of
 from ftkit.kernels.edges import Moves, dropped, unpack
 from ftkit.kernels.fp8 import quantize_rows, scaled_linear
 from ftkit.kernels.launch import interpreted
@@ -124,3 +125,12 @@ def test_a_layer_of_one_of_many_experts(double):
     right,out = q.dequantize(torch.float32),torch.empty(30, 64, device=DEV)
     assert torch.equal(layer.weight, right) and bool(q.first)
     assert torch.equal(unpack(layer, 10, 40, out), right[10:])
+
+
+def test_rows_that_old_versions_of_cudnn_read_beyond(monkeypatch):
+    q,k = torch.zeros(2, 260, 2, 64, device=DEV)
+    for version,answer in (91002, [True, False]), (91501, [True, True]):
+        monkeypatch.setattr(torch.backends.cudnn, "version", lambda: version)
+        backends._reads_on.cache_clear()
+        assert [case_of(q[:n], k[:n], Rows(2, n//2)).whole for n in (256, 260)] == answer
+    backends._reads_on.cache_clear()

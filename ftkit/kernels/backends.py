@@ -8,6 +8,7 @@ __all__ = ['BACKENDS', 'Case', 'case_of', 'Backend']
 # %% ../../nbs/58_kernels.backends.ipynb #e953cc6c
 import importlib.util
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Callable, NamedTuple
 import torch
 from torch import Tensor
@@ -29,6 +30,7 @@ class Case(NamedTuple):
     window:bool    # Whether queries see a part of their sample only
     softcap:bool   # Whether scores are bent
     steady:bool    # Whether shapes repeat
+    whole:bool = True # Whether cuDNN stays within rows of this length
 
     def __str__(self):
         width = str(self.dtype).removeprefix("torch.")
@@ -52,7 +54,12 @@ def case_of(q:Tensor,            # [tokens, heads, head_dim]
     steady = rows.packed or _shapes.setdefault(shape, len(_shapes)) < STEADY
     return Case(q.device.type, capability(q), q.dtype, q.shape[1], k.shape[1], q.shape[2],
                 rows.packed, 1 << (max(rows.longest, 1) - 1).bit_length(),
-                window is not None and window < rows.longest, bool(softcap), steady)
+                window is not None and window < rows.longest, bool(softcap), steady,
+                rows.packed or rows.seq % 128 == 0 or not _reads_on())
+
+@lru_cache
+def _reads_on(): # pytorch/pytorch#169849, over in cuDNN 9.15.1
+    return (torch.backends.cudnn.version() or 0) < 91501
 
 # %% ../../nbs/58_kernels.backends.ipynb #d3b903cf
 @dataclass(frozen=True)
@@ -113,7 +120,9 @@ def _cudnn_refuses(case):
     if version < 90000: return f"cuDNN {version} is older than 9"
     most = 256 if case.chip == (9, 0) and version >= 91000 else 128
     if case.head_dim > most: return f"heads are wider than {most}"
+    if 128 < case.head_dim < 256: return "heads are between 128 and 256 wide"
     if case.window: return "it has no window"
+    if not case.whole: return f"cuDNN {version} reads on behind rows that are not whole times 128"
     if case.length < 2: return "it takes no rows of one token"
     if not case.steady: return f"more than {STEADY} shapes have come, and it plans each anew"
 
