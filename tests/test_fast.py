@@ -308,6 +308,23 @@ def test_evaluation_keeps_nothing(layers_run):
     assert len(layers_run) == 2
 
 
+@pytest.mark.parametrize("bits,defer", [(None, False), (None, True), (4, False)])
+def test_training_goes_on_after_inference_mode(bits, defer):
+    wanted = None
+    for first in (False, True):
+        SCRATCH.forget()
+        model = tiny_llama()
+        if bits: quantize_model(model, bits)
+        with_lora(model)
+        speed_up(model.train(), hold=True, defer=defer)
+        if first:
+            with torch.inference_mode(): assert model(IDS, use_cache=False).logits.isfinite().all()
+        model(input_ids=IDS, labels=IDS, use_cache=False).loss.backward()
+        found = [p.grad for p in model.parameters() if p.requires_grad]
+        if first: assert_close(found, wanted)
+        wanted = found
+
+
 def test_generation_saving_and_copies(tmp_path):
     model = with_lora(tiny_llama())
     write = lambda: model.generate(IDS, max_new_tokens=5, do_sample=False, pad_token_id=0)
