@@ -66,14 +66,15 @@ class Watch:
         self.places += [(m._buffers, k) for m in each for k in m._buffers if k == "merged_weight"]
         self.entries = [d[k] for d,k in self.places]
         self.params = [p for m in each for p in m._parameters.values() if p is not None]
+        self.loras = [m for m in each if "start_A" in m._buffers]
         self.facts = self._facts()
         self.hooks = [h for m in each if isinstance(m, nn.Linear) or not m._modules
                       for h in (m._forward_hooks, m._forward_pre_hooks)]
         self.hooked = any(self.hooks)
-        self.loras = [m for m in each if "start_A" in m._buffers]
 
     def _facts(self):
-        return [p.requires_grad for p in self.params], [p.data_ptr() for p in self.params]
+        return ([p.requires_grad for p in self.params], [p.data_ptr() for p in self.params],
+                [m.alpha for m in self.loras]) # which is in tables of factors
 
     def same(self)->bool:
         "Whether all is as it was."

@@ -369,6 +369,18 @@ def test_changes_are_noticed(layers_run, said):
     assert len(layers_run) == 4
 
 
+@pytest.mark.parametrize("hold", [True, False])
+def test_another_alpha_is_noticed(hold):
+    model = with_lora(tiny_llama())
+    speed_up(model.train(), hold=hold)
+    step(model)
+    for m in model.modules():
+        if hasattr(m, "start_A"): m.alpha *= 2
+    found = step(model)
+    slow_down(model)
+    assert_close(found, step(model), rtol=1e-4, atol=1e-5)
+
+
 def test_models_it_does_not_know(said):
     assert not speed_up(tiny("Olmo2")) and "olmo2" in said[0]
     model = tiny_llama(attention_dropout=.1)
