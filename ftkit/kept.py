@@ -96,6 +96,8 @@ class Away:
         self.last = lambda: None           # the newest ticket, or None if nobody holds it
         self.stream = torch.cuda.Stream(device) if self.device.type == "cuda" else None
 
+    def __reduce__(self): return Away, (self.device, self.in_flight) # a copy is empty
+
     def _room(self, t):
         "Pinned memory of the tensor's shape, used before if there is such."
         spare = self.free.get((t.shape, t.dtype))
@@ -253,6 +255,12 @@ class HostEmbedding(nn.Embedding):
     def forward(self, ids:Tensor)->Tensor:
         out = rows_of(self.weight, ids)
         return out if self.scale is None else out*torch.as_tensor(self.scale).to(out)
+
+    def __setstate__(self, state):
+        "Of a copy: kernels read pinned memory only."
+        super().__setstate__(state)
+        if torch.cuda.is_available() and not self.weight.is_pinned():
+            self.__dict__["weight"] = self.weight.pin_memory()
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         destination[prefix + "weight"] = self.weight

@@ -515,6 +515,18 @@ def test_embedding_on_the_host(layers_run):
         keep_on_host(tiny_llama(tie_word_embeddings=True).requires_grad_(False))
 
 
+def test_copies_of_what_is_on_the_host():
+    cuda = torch.cuda.is_available()
+    away = Away("cuda" if cuda else "cpu")
+    away.put(torch.ones(3, device=away.device)).fetch()
+    twin = copy.deepcopy(away)
+    assert away.free and not twin.free and (twin.device, twin.in_flight) == (away.device, 1)
+    model = with_lora(tiny("Llama", tie_word_embeddings=False)).train()
+    keep_on_host(model)
+    table = copy.deepcopy(model).get_input_embeddings().weight
+    assert table.is_pinned() == cuda and table.data_ptr() != model.get_input_embeddings().weight.data_ptr()
+
+
 @pytest.mark.parametrize("name", ["internlm2", "internlm2_bias", "llama3", "qwen2", "qwen", "gemma",
                                   "minicpm", "chatglm3", "phi3", "mixtral", "baichuan2_7b",
                                   "deepseek_v2"])
