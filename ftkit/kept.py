@@ -68,8 +68,8 @@ class Watch:
         self.params = [p for m in each for p in m._parameters.values() if p is not None]
         self.loras = [m for m in each if "start_A" in m._buffers]
         self.facts = self._facts()
-        self.hooks = [h for m in each if isinstance(m, nn.Linear) or not m._modules
-                      for h in (m._forward_hooks, m._forward_pre_hooks)]
+        self.hooks = [h for m in each for h in (m._forward_hooks, m._forward_pre_hooks)
+                      if isinstance(m, nn.Linear) or not m._modules or "start_A" in m._buffers]
         self.hooked = any(self.hooks)
 
     def _facts(self):
