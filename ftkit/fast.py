@@ -261,8 +261,9 @@ def all(self:Fast): return [p for part in self.parts for p in part.projections]
 def wait(self:Fast, wanted):
     "Let weights that have codes wait on the host, or have them where modules compute with them."
     if self.compute != "fp8" or self.held is None or self.waits == wanted: return
+    self.waits,same = wanted,self.watch.same() # else the next pass has to notice it yet
     for p in self.all(): (p.send if wanted else p.fetch)()
-    self.waits,self.watch = wanted,Watch(self.inner.layers)
+    if same: self.watch = Watch(self.inner.layers)
 
 @patch
 def let_go(self:Fast):

@@ -438,6 +438,20 @@ def test_eight_bits(hold, layers_run):
     for n, g in exact[1].items(): assert (plans[0][1][n] - g).norm() < .3*g.norm(), n
 
 
+def test_eight_bits_notice_what_changes_before_generating(layers_run):
+    model = with_lora(tiny("Llama", hidden_size=64, intermediate_size=96)).train()
+    speed_up(model, compute="fp8", hold=True)
+    assert step(model)[1]
+    unload_lora(model, merge=False)
+    model.model.norm.weight.requires_grad_(True)
+    model.eval().generate(IDS, max_new_tokens=2, do_sample=False)
+    layers_run.clear()
+    found, count = step(model.train()), len(layers_run)
+    assert list(found[1]) == ["model.norm.weight"] and count == 2
+    slow_down(model)
+    assert_close(found[0], step(model)[0], rtol=.01, atol=0)
+
+
 def test_backward_can_run_once():
     model = tiny_llama().train()
     speed_up(model)
