@@ -219,6 +219,7 @@ class StepInBackward:
         try: yield
         finally:
             self.waiting = []
+            if hasattr(self.optimizer, "_total"): self.optimizer.parts_norm() # of a broken-off step
             for h in hooks: h.remove()
 
     def finish(self)->torch.Tensor: # 0-d
