@@ -16,7 +16,7 @@ from ftkit.fast import (find_decoder, is_fast, rows_of_call, set_saving, slow_do
 from ftkit.kernels.launch import interpreted
 from ftkit.kept import Away, Saving, keep_on_host
 from ftkit.kernels.edges import SCRATCH
-from ftkit.lora.inject import LoraConfig, add_lora, lora_disabled, unload_lora
+from ftkit.lora.inject import LoraConfig, add_lora, lora_disabled, merge_lora, unload_lora
 from ftkit.models.load import load_model
 from ftkit.quant.linear import quantize_model
 from ftkit.sft import SupervisedTuning
@@ -450,6 +450,20 @@ def test_eight_bits_notice_what_changes_before_generating(layers_run):
     assert list(found[1]) == ["model.norm.weight"] and count == 2
     slow_down(model)
     assert_close(found[0], step(model)[0], rtol=.01, atol=0)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 1 or torch.cuda.get_device_capability() < (8, 9),
+                    reason="needs a GPU with eight bits")
+@pytest.mark.parametrize("merge", [merge_lora, unload_lora])
+def test_weights_that_wait_are_merged(merge):
+    model = with_lora(tiny("Llama", hidden_size=64, intermediate_size=96)).cuda().train()
+    speed_up(model, compute="fp8")
+    step(model, IDS.cuda())
+    wanted = model.model.layers[0].mlp.up_proj.delta()
+    wanted = wanted + model.model.layers[0].mlp.up_proj.base.weight.cuda()
+    merge(model.eval())
+    assert_close(model.model.layers[0].mlp.up_proj.weight, wanted)
+    assert model(IDS.cuda(), use_cache=False).logits.isfinite().all()
 
 
 def test_backward_can_run_once():
