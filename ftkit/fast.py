@@ -315,6 +315,7 @@ def run(self:Fast, *args, **kw):
 
 @patch
 def go(self:Fast, ordinary, rows, x, kw):
+    if self.away and self.away.device != x.device: self.away = None # the model has moved
     if self.away is None and any(p.saving.host for p in self.parts): self.away = Away(x.device)
     self.call = Call(rows, self.dtype, away=self.away)
     mask = x.new_zeros(1, 1, 1, 1, dtype=torch.bool) # four dimensions: none is made of it
