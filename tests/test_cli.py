@@ -363,7 +363,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(here):
         if line.startswith("step 1/"): break
     p.send_signal(signal.SIGINT)
     said += p.stderr.read()
-    assert p.wait() == 130 and "Traceback" not in said
+    assert p.wait() == 130 and "Traceback" not in said, said
     command = re.search("Resume with: ftkit (train runs/.*--resume)", said)[1]
     step = int(re.search("after step ([0-9]+) of", said)[1])
     assert (here/f"runs/{RECIPE}/checkpoint-{step:06d}/adapter_model.safetensors").exists()

@@ -8,7 +8,8 @@ import pytest, torch
 from ftkit.core import FtkitError
 from ftkit.training.checkpoint import checkpoints, damage, latest_checkpoint
 from ftkit.training.loop import Callback
-from ftkit.training.run import read_log
+from ftkit.training import run as run_module
+from ftkit.training.run import StopOnSignal, read_log
 from small_runs import Announce, tiny_model, tiny_rows, tiny_trainer, train_in_child, untimed
 
 fork = multiprocessing.get_context("forkserver")
@@ -234,3 +235,12 @@ def test_two_runs_cannot_share_a_folder(tmp_path):
     finally:
         process.kill()
         process.join()
+
+
+def test_a_signal_amid_a_message_is_heard(monkeypatch, capfd):
+    "Python refuses to write to a stream from a handler that has interrupted a write to it."
+    def busy(_): raise RuntimeError("reentrant call inside <_io.BufferedWriter name='<stderr>'>")
+    monkeypatch.setattr(run_module, "say", busy)
+    stop = StopOnSignal()
+    stop.hear(signal.SIGINT, None)
+    assert stop.signum == signal.SIGINT and "stopping after this step" in capfd.readouterr().err

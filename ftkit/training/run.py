@@ -6,7 +6,7 @@
 __all__ = ['Callback', 'JsonlLog', 'read_log', 'SaveCheckpoints', 'Interrupted', 'StopOnSignal', 'Run', 'loss_svg', 'Arriving']
 
 # %% ../../nbs/64_training.run.ipynb #4d5601bd
-import html, json, math, signal, threading
+import html, json, math, os, signal, threading
 from dataclasses import dataclass, field
 from pathlib import Path
 import torch
@@ -88,7 +88,9 @@ class StopOnSignal(Callback):
             self.on_stop(None)
             return signal.raise_signal(signum)
         self.signum = signum
-        say(f"ftkit: {signal.Signals(signum).name}: stopping after this step (again: at once)")
+        text = f"ftkit: {signal.Signals(signum).name}: stopping after this step (again: at once)"
+        try: say(text)
+        except RuntimeError: os.write(2, f"{text}\n".encode()) # came amid writing there
 
     def after_step(self, trainer):
         if not (signum := trainer.agree(self.signum)): return
