@@ -7,6 +7,7 @@ __all__ = ['FUSED', 'QK', 'GEMMA', 'FAMILIES', 'COMPUTE', 'KNOWN_ATTENTION', 'Fa
            'rows_of_call', 'Fast', 'speed_up', 'slow_down', 'is_fast', 'set_saving']
 
 # %% ../nbs/75_fast.ipynb #fe57f57b
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from types import MethodType
 import torch
@@ -260,8 +261,9 @@ def all(self:Fast): return [p for part in self.parts for p in part.projections]
 def wait(self:Fast, wanted):
     "Let weights that have codes wait on the host, or have them where modules compute with them."
     if self.compute != "fp8" or self.held is None or self.waits == wanted: return
+    self.waits,same = wanted,self.watch.same() # else the next pass has to notice it yet
     for p in self.all(): (p.send if wanted else p.fetch)()
-    self.waits,self.watch = wanted,Watch(self.inner.layers)
+    if same: self.watch = Watch(self.inner.layers)
 
 @patch
 def let_go(self:Fast):
@@ -305,14 +307,27 @@ def run(self:Fast, *args, **kw):
     ordinary = MethodType(type(self.inner).forward, self.inner)
     if args and "input_ids" not in kw: kw["input_ids"],args = args[0],args[1:]
     x = kw.get("input_ids") if kw.get("input_ids") is not None else kw.get("inputs_embeds")
-    rows = None if args or x is None else self.rows(x, kw)
-    if rows is None: self.wait(False); return ordinary(*args, **kw)
+    with _lasting():
+        rows = None if args or x is None else self.rows(x, kw)
+        if rows is not None: return self.go(ordinary, rows, x, kw)
+        self.wait(False)
+    return ordinary(*args, **kw)
+
+@patch
+def go(self:Fast, ordinary, rows, x, kw):
+    if self.away and self.away.device != x.device: self.away = None # the model has moved
     if self.away is None and any(p.saving.host for p in self.parts): self.away = Away(x.device)
     self.call = Call(rows, self.dtype, away=self.away)
     mask = x.new_zeros(1, 1, 1, 1, dtype=torch.bool) # four dimensions: none is made of it
     kw = {k: v for k,v in kw.items() if not k.startswith(("cu_seq_lens", "max_length"))}
     try: return ordinary(**{**kw, "attention_mask": mask, "use_cache": False})
     finally: self.call = None
+
+@contextmanager
+def _lasting():
+    "What is made here is no tensor of inference mode: it is written to again in training."
+    if not torch.is_inference_mode_enabled(): yield; return
+    with torch.inference_mode(False), torch.no_grad(): yield
 
 # %% ../nbs/75_fast.ipynb #abbb2ef2
 @patch

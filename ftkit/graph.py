@@ -202,6 +202,7 @@ def standing(self:StepGraphs):
     fast = _fast_of(self.trainer.model)
     if fast is None: return "by modules"
     if not fast.watch.same(): return object() # like nothing else
+    fast.wait(True) # generating may have fetched weights that no recording reads
     return (fast.edges, fast.away, self.trainer.model.get_input_embeddings(), [*fast.parts],
             [p.saving for p in fast.parts], [q.piece for p in fast.parts for q in p.projections])
 
@@ -254,8 +255,8 @@ def compute(self:StepGraphs, entry, batch, factor)->tuple:
     "As always; gradients are kept in mind, and seeds are counted."
     SEEDS.drawn = 0
     out,entry.draws = self.eager(batch, factor),SEEDS.drawn
-    if not self.grads:
-        self.grads = [(p, p.grad) for p in self.trainer.parameters if p.grad is not None]
+    found = [(p, p.grad) for p in self.trainer.parameters if p.grad is not None]
+    if len(found) > len(self.grads): self.grads = found # another batch may reach more weights
     return out
 
 # %% ../nbs/85_graph.ipynb #c71b696d

@@ -66,14 +66,15 @@ class Watch:
         self.places += [(m._buffers, k) for m in each for k in m._buffers if k == "merged_weight"]
         self.entries = [d[k] for d,k in self.places]
         self.params = [p for m in each for p in m._parameters.values() if p is not None]
-        self.facts = self._facts()
-        self.hooks = [h for m in each if isinstance(m, nn.Linear) or not m._modules
-                      for h in (m._forward_hooks, m._forward_pre_hooks)]
-        self.hooked = any(self.hooks)
         self.loras = [m for m in each if "start_A" in m._buffers]
+        self.facts = self._facts()
+        self.hooks = [h for m in each for h in (m._forward_hooks, m._forward_pre_hooks)
+                      if isinstance(m, nn.Linear) or not m._modules or "start_A" in m._buffers]
+        self.hooked = any(self.hooks)
 
     def _facts(self):
-        return [p.requires_grad for p in self.params], [p.data_ptr() for p in self.params]
+        return ([p.requires_grad for p in self.params], [p.data_ptr() for p in self.params],
+                [m.alpha for m in self.loras]) # which is in tables of factors
 
     def same(self)->bool:
         "Whether all is as it was."
@@ -94,6 +95,8 @@ class Away:
         self.free,self.leaving = {},[]     # pinned memory; tickets of what is on its way out
         self.last = lambda: None           # the newest ticket, or None if nobody holds it
         self.stream = torch.cuda.Stream(device) if self.device.type == "cuda" else None
+
+    def __reduce__(self): return Away, (self.device, self.in_flight) # a copy is empty
 
     def _room(self, t):
         "Pinned memory of the tensor's shape, used before if there is such."
@@ -252,6 +255,12 @@ class HostEmbedding(nn.Embedding):
     def forward(self, ids:Tensor)->Tensor:
         out = rows_of(self.weight, ids)
         return out if self.scale is None else out*torch.as_tensor(self.scale).to(out)
+
+    def __setstate__(self, state):
+        "Of a copy: kernels read pinned memory only."
+        super().__setstate__(state)
+        if torch.cuda.is_available() and not self.weight.is_pinned():
+            self.__dict__["weight"] = self.weight.pin_memory()
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         destination[prefix + "weight"] = self.weight

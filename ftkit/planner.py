@@ -8,7 +8,7 @@ __all__ = ['MANY', 'LATER', 'Rung', 'ladder', 'MemoryPlan', 'forward_bytes', 'pl
            'FitMemory', 'most_tokens']
 
 # %% ../nbs/84_planner.ipynb #56ed5601
-import gc
+import gc, re
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -307,7 +307,11 @@ _SMALLER = ("Lower train.batch_size (and raise train.accumulate) or data.max_len
 def _out_of_memory(take, ready):
     "What the allocator said, or None; with the error go all tensors of the step."
     try: take(ready)
-    except torch.OutOfMemoryError as e: return str(e).partition(". ")[0] or "out of memory"
+    except RuntimeError as e: # of PyTorch, or of a library that allocates by itself
+        if not isinstance(e, torch.OutOfMemoryError) and not _FULL.search(str(e)): raise
+        return str(e).partition(". ")[0].partition("\n")[0] or "out of memory"
+
+_FULL = re.compile("CUDA.*out of memory|STATUS_ALLOC_FAILED")
 
 def _not_again(trainer):
     if trainer.updating: return "some weights have been updated already: it can't be undone"
@@ -317,7 +321,9 @@ def sweep()->None:
     "Give all memory back that nobody uses."
     SCRATCH.forget() # what is in it may be half written
     gc.collect()
-    if torch.cuda.is_available(): torch.cuda.empty_cache()
+    if not torch.cuda.is_available(): return
+    torch.cuda.synchronize() # copies on other streams may still write to what was dropped
+    torch.cuda.empty_cache()
 
 # %% ../nbs/84_planner.ipynb #0b52064c
 class FitMemory(Callback):
@@ -366,7 +372,7 @@ def make_room(self:FitMemory, trainer)->bool:
     "Go down where it is possible."
     cfg = trainer.cfg
     if any([c.give_back() for c in trainer.callbacks if hasattr(c, "give_back")]): return True
-    if self.plan:
+    if self.plan and _fast(trainer.model): # it is not any more if somebody hooks into layers
         if not self.plan.lower(): return False
         say("ftkit: memory ran out; the step is taken again with less of it")
         self.go(trainer.model)
@@ -386,9 +392,10 @@ def _twice(self:FitMemory, model):
 @patch
 def before_step(self:FitMemory, trainer):
     "Layers that were made anew are told the plan again."
-    if self.plan and _fast(trainer.model).parts is not self.parts:
-        apply_plan(trainer.model, self.plan)
-        self.parts = _fast(trainer.model).parts
+    fast = _fast(trainer.model)
+    if not (self.plan and fast) or fast.parts is self.parts: return
+    apply_plan(trainer.model, self.plan)
+    self.parts = fast.parts
 
 # %% ../nbs/84_planner.ipynb #34b330d8
 def _fast(model):

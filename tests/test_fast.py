@@ -16,7 +16,7 @@ from ftkit.fast import (find_decoder, is_fast, rows_of_call, set_saving, slow_do
 from ftkit.kernels.launch import interpreted
 from ftkit.kept import Away, Saving, keep_on_host
 from ftkit.kernels.edges import SCRATCH
-from ftkit.lora.inject import LoraConfig, add_lora, lora_disabled, unload_lora
+from ftkit.lora.inject import LoraConfig, add_lora, lora_disabled, merge_lora, unload_lora
 from ftkit.models.load import load_model
 from ftkit.quant.linear import quantize_model
 from ftkit.sft import SupervisedTuning
@@ -308,6 +308,23 @@ def test_evaluation_keeps_nothing(layers_run):
     assert len(layers_run) == 2
 
 
+@pytest.mark.parametrize("bits,defer", [(None, False), (None, True), (4, False)])
+def test_training_goes_on_after_inference_mode(bits, defer):
+    wanted = None
+    for first in (False, True):
+        SCRATCH.forget()
+        model = tiny_llama()
+        if bits: quantize_model(model, bits)
+        with_lora(model)
+        speed_up(model.train(), hold=True, defer=defer)
+        if first:
+            with torch.inference_mode(): assert model(IDS, use_cache=False).logits.isfinite().all()
+        model(input_ids=IDS, labels=IDS, use_cache=False).loss.backward()
+        found = [p.grad for p in model.parameters() if p.requires_grad]
+        if first: assert_close(found, wanted)
+        wanted = found
+
+
 def test_generation_saving_and_copies(tmp_path):
     model = with_lora(tiny_llama())
     write = lambda: model.generate(IDS, max_new_tokens=5, do_sample=False, pad_token_id=0)
@@ -350,6 +367,18 @@ def test_changes_are_noticed(layers_run, said):
     hook.remove()
     step(model)
     assert len(layers_run) == 4
+
+
+@pytest.mark.parametrize("hold", [True, False])
+def test_another_alpha_is_noticed(hold):
+    model = with_lora(tiny_llama())
+    speed_up(model.train(), hold=hold)
+    step(model)
+    for m in model.modules():
+        if hasattr(m, "start_A"): m.alpha *= 2
+    found = step(model)
+    slow_down(model)
+    assert_close(found, step(model), rtol=1e-4, atol=1e-5)
 
 
 def test_models_it_does_not_know(said):
@@ -407,6 +436,34 @@ def test_eight_bits(hold, layers_run):
     near(plans[1], plans[0])
     assert_close(plans[0][0], exact[0], rtol=.01, atol=0)
     for n, g in exact[1].items(): assert (plans[0][1][n] - g).norm() < .3*g.norm(), n
+
+
+def test_eight_bits_notice_what_changes_before_generating(layers_run):
+    model = with_lora(tiny("Llama", hidden_size=64, intermediate_size=96)).train()
+    speed_up(model, compute="fp8", hold=True)
+    assert step(model)[1]
+    unload_lora(model, merge=False)
+    model.model.norm.weight.requires_grad_(True)
+    model.eval().generate(IDS, max_new_tokens=2, do_sample=False)
+    layers_run.clear()
+    found, count = step(model.train()), len(layers_run)
+    assert list(found[1]) == ["model.norm.weight"] and count == 2
+    slow_down(model)
+    assert_close(found[0], step(model)[0], rtol=.01, atol=0)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 1 or torch.cuda.get_device_capability() < (8, 9),
+                    reason="needs a GPU with eight bits")
+@pytest.mark.parametrize("merge", [merge_lora, unload_lora])
+def test_weights_that_wait_are_merged(merge):
+    model = with_lora(tiny("Llama", hidden_size=64, intermediate_size=96)).cuda().train()
+    speed_up(model, compute="fp8")
+    step(model, IDS.cuda())
+    wanted = model.model.layers[0].mlp.up_proj.delta()
+    wanted = wanted + model.model.layers[0].mlp.up_proj.base.weight.cuda()
+    merge(model.eval())
+    assert_close(model.model.layers[0].mlp.up_proj.weight, wanted)
+    assert model(IDS.cuda(), use_cache=False).logits.isfinite().all()
 
 
 def test_backward_can_run_once():
@@ -484,6 +541,18 @@ def test_embedding_on_the_host(layers_run):
     with pytest.raises(FtkitError, match="trained"): keep_on_host(tiny_llama())
     with pytest.raises(FtkitError, match="same tensor"):
         keep_on_host(tiny_llama(tie_word_embeddings=True).requires_grad_(False))
+
+
+def test_copies_of_what_is_on_the_host():
+    cuda = torch.cuda.is_available()
+    away = Away("cuda" if cuda else "cpu")
+    away.put(torch.ones(3, device=away.device)).fetch()
+    twin = copy.deepcopy(away)
+    assert away.free and not twin.free and (twin.device, twin.in_flight) == (away.device, 1)
+    model = with_lora(tiny("Llama", tie_word_embeddings=False)).train()
+    keep_on_host(model)
+    table = copy.deepcopy(model).get_input_embeddings().weight
+    assert table.is_pinned() == cuda and table.data_ptr() != model.get_input_embeddings().weight.data_ptr()
 
 
 @pytest.mark.parametrize("name", ["internlm2", "internlm2_bias", "llama3", "qwen2", "qwen", "gemma",

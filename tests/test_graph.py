@@ -289,6 +289,24 @@ def test_evaluation_in_between():
     assert graphs.used
 
 
+@pytest.mark.skipif(CUDA, reason="for the tape")
+def test_weights_that_only_some_batches_reach():
+    class Sometimes(SupervisedTuning):
+        def __call__(self, model, batch):
+            loss, metrics = super().__call__(model, batch)
+            if batch["input_ids"].shape[1] == 16: loss = loss + (model.extra - 1).square().sum()
+            return loss, metrics
+    def run(graphs):
+        model = model_of()
+        model.extra = nn.Parameter(torch.zeros(3))
+        trainer_of(model, rows_of([[24], [16]]*6, masked=2), [graphs], objective=Sometimes(), epochs=2,
+                   batch_size=1).fit()
+        return model.extra.detach()
+    graphs = StepGraphs(recorder=Tape)
+    torch.testing.assert_close(run(graphs), run(Never(recorder=Again)), rtol=1e-5, atol=1e-7)
+    assert sum(e.recording is not None for e in graphs.entries.values()) == 2 or graphs.used > 8
+
+
 def test_reasons_not_to_record(capsys):
     def why(insist=False, change=lambda t: None, **how):
         t = trainer_of(model_of(**how), cuda_graph=insist or None)

@@ -26,6 +26,7 @@ from ftkit.planner import FitMemory, apply_plan, cap_memory, ladder, most_tokens
 from ftkit.quant.linear import quantize_model
 from ftkit.sft import SupervisedTuning
 from ftkit.training.loop import Trainer
+from ftkit.training.run import Callback
 from ftkit.training.optim import OptimConfig
 from ftkit.training.plan import TrainConfig
 from small_runs import tiny_model, tiny_rows, untimed
@@ -249,12 +250,13 @@ def lora_trainer(fast=True, **cfg):
 def weights(trainer): return {n: p.detach().clone() for n, p in trainer.model.named_parameters() if p.requires_grad}
 
 
-def fails(monkeypatch, module, name, calls):
+def fails(monkeypatch, module, name, calls, error=None):
     "Let the calls of these numbers run out of memory."
+    error = error or torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB.")
     real, count = getattr(module, name), [0]
     def f(*args, **kw):
         count[0] += 1
-        if count[0] in calls: raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB.")
+        if count[0] in calls: raise error
         return real(*args, **kw)
     monkeypatch.setattr(module, name, f)
     return count
@@ -273,6 +275,26 @@ def test_a_step_taken_again_is_the_same_step(monkeypatch, capfd, where, calls):
     want, got = weights(plain), weights(trainer)
     assert want.keys() == got.keys() and all(torch.equal(want[k], got[k]) for k in want)
     assert "take_step" not in trainer.__dict__
+
+
+@pytest.mark.parametrize("said", ["CUDA error: out of memory\nand so on", "Triton Error [CUDA]: out of memory",
+                                  "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"])
+def test_libraries_say_it_in_their_own_words(monkeypatch, capfd, said):
+    trainer = lora_trainer()
+    fails(monkeypatch, decoder, "attend_backward", {3}, RuntimeError(said))
+    trainer.fit()
+    assert "memory ran out" in capfd.readouterr().err
+
+
+def test_layers_that_somebody_hooks_into(monkeypatch):
+    class Hooks(Callback):
+        def after_step(self, trainer):
+            if trainer.step == 1: trainer.model.model.layers[0].mlp.down_proj.register_forward_hook(lambda *_: None)
+    trainer = lora_trainer()
+    trainer.callbacks.append(Hooks())
+    count = fails(monkeypatch, type(trainer.model.model.norm), "forward", {7})
+    trainer.fit()
+    assert trainer.step == trainer.total_steps and count[0] > 7
 
 
 def test_ordinary_models_compute_twice_when_they_must(monkeypatch):

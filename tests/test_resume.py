@@ -26,6 +26,23 @@ def server():
         forkserver.ensure_running()
 
 
+@pytest.mark.parametrize("inside", [False, True])
+def test_the_same_trainer_goes_on_after_an_error(tmp_path, inside):
+    how = dict(save_every=3, log_every=2, step_in_backward=inside)
+    wanted = tiny_trainer(tmp_path/"a", **how).fit()
+    trainer = tiny_trainer(tmp_path/"b", **how)
+    whose, name = (trainer.inside, "finish") if inside else (trainer.optimizer, "step")
+    real = getattr(whose, name)
+    def breaks(*args, **kw):
+        if trainer.step == 7: raise RuntimeError("the end")
+        return real(*args, **kw)
+    setattr(whose, name, breaks)
+    with pytest.raises(RuntimeError, match="the end"):
+        trainer.fit()
+    setattr(whose, name, real)
+    assert untimed(trainer.fit(resume="auto").history) == untimed(wanted.history)
+
+
 def child(work, **cfg):
     "Start training in a process of its own; returns it and the file that names its steps."
     announce = work.parent/f"{work.name}.steps"

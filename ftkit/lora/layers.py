@@ -150,7 +150,11 @@ def delta(self:LoraLinear)->Tensor: # [out_features, in_features], float32
 @torch.no_grad()
 def merged_value(self:LoraLinear)->Tensor: # [out_features, in_features], the base's type
     "The base's weight plus the correction, summed in float32 and rounded once."
-    return self.rounded(dense_weight(self.base).float() + self.delta())
+    return self.rounded(self._base() + self.delta())
+
+@patch
+def _base(self:LoraLinear): # it may wait on the host, while others compute with its codes
+    return dense_weight(self.base).to(self.A.device).float()
 
 @patch
 def rounded(self:LoraLinear, weight:Tensor)->Tensor:
@@ -194,7 +198,7 @@ def unload(self:LoraLinear,
     if merge: return _plain(self.base, self.merged_value())
     if self.start_A is None: return self.base
     taken = self.start_B.float() @ self.start_A.float() * self.scaling
-    return _plain(self.base, self.rounded(dense_weight(self.base).float() + taken))
+    return _plain(self.base, self.rounded(self._base() + taken))
 
 def _plain(base, weight):
     "`base` with another weight; where it is kept in fewer bits, a plain layer in its place."

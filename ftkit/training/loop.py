@@ -350,6 +350,7 @@ def restore(self:Trainer, folder):
 @patch
 def start(self:Trainer, resume):
     "Find the checkpoint to go on from and restore it, or start afresh."
+    self.pending,self.sent = [],[] # of a run that broke off
     auto = resume in ("auto", True)
     found = latest_checkpoint(self.work_dir) if auto and self.work_dir else None
     if resume and not auto:

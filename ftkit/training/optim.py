@@ -214,6 +214,7 @@ class StepInBackward:
     @contextmanager
     def hooks(self):
         "While it is open, backward updates the weights."
+        if hasattr(self.optimizer, "_total"): self.optimizer.parts_norm() # of a broken-off step
         hooks = [p.register_post_accumulate_grad_hook(self._apply)
                  for p in _all(self.optimizer.param_groups)]
         try: yield
