@@ -6,10 +6,9 @@
 __all__ = ['ASK', 'ASK_TYPES', 'TILE', 'WORDS', 'dequantize_kernel', 'together_kernel', 'quantize_kernel']
 
 # %% ../../nbs/11_kernels.nf4.ipynb #64ce299a
-from contextlib import nullcontext
 import torch
 from torch import Tensor
-from .launch import jit, tl, triton, writes
+from .launch import jit, on, tl, triton, writes
 from ..quant.nf4 import _borders, check_block, code_values, quantize_blocks, dequantize_blocks
 
 # %% ../../nbs/11_kernels.nf4.ipynb #16a9414a
@@ -131,7 +130,7 @@ def dequantize_kernel(codes:Tensor,        # [⌈n/2⌉, 1], uint8
     if factors is None: tensors = (*tensors[:5], values, out)
     how = dict(BLOCK=check_block(block), DOUBLE=double, ROWS=factors is not None,
                enable_fp_fusion=False, num_warps=4)
-    with _on(codes):
+    with on(codes):
         if columns % 8 or codes.data_ptr() % 4 or codes.storage_offset() % 4:
             _bytes_kernel[triton.cdiv(len(codes), TILE//2),](
                 codes, *tensors, n, len(codes), columns, stride, first, BYTES=TILE//2, **how)
@@ -144,8 +143,6 @@ def dequantize_kernel(codes:Tensor,        # [⌈n/2⌉, 1], uint8
     return out
 
 # %% ../../nbs/11_kernels.nf4.ipynb #e487d0ca
-def _on(t): return torch.cuda.device(t.device) if t.is_cuda else nullcontext()
-
 def _shuffles(t): return t.is_cuda and torch.version.cuda is not None
 
 def _row_of(out, matrix):
@@ -210,7 +207,7 @@ def together_kernel(parts:list,      # Two or three of (codes, absmax, nested, o
     grid = sum(triton.cdiv(n, 2*WORDS) for n in words)
     three = lambda ts: (*ts, ts[-1])[:3]
     codes = [c.view(-1).view(torch.int32) for c in codes]
-    with _on(out): _together_kernel[grid,](
+    with on(out): _together_kernel[grid,](
         *three(codes), *three(absmax), *three(nested), *three(offset), values, table, out,
         *three(words), out.stride(0), BLOCK=check_block(block), COLUMNS=columns, WORDS=WORDS,
         DOUBLE=double, SHUFFLE=_shuffles(out), enable_fp_fusion=False, num_warps=4)
@@ -251,7 +248,7 @@ def quantize_kernel(w:Tensor,       # Weights of any shape, contiguous; float32,
     absmax = torch.empty(-(-n//block), dtype=torch.float32, device=device)
     grid = (triton.cdiv(len(absmax), rows),)
     fast = w.is_cuda and torch.version.cuda is not None
-    with _on(w):
+    with on(w):
         _quantize_kernel[grid](w, codes, absmax, *_borders(kind, "cuda", device), n,
                                len(codes), BLOCK=block, ROWS=rows, FAST=fast,
                                enable_fp_fusion=False)
