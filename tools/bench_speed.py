@@ -55,7 +55,7 @@ def command(name, peer, args):
     r = args.table[name]
     how = {**r["how"], **(r["ours"] if peer == "ftkit" else {})}
     if args.parity: how |= dict(parity=args.parity)
-    if args.parity and how["mode"] == "fp8": how |= dict(parity=max(200, args.parity))
+    if args.parity and r["ours"].get("mode") == "fp8": how |= dict(parity=max(200, args.parity))
     words = [sys.executable, str(HERE/"peers.py"), "--peer", peer]
     words += ["--ckpt", str(args.home/r["shape"])]
     for k, v in {**how, "steps": args.steps, "device": args.device}.items():
@@ -94,10 +94,11 @@ def reason(done):
 
 
 def turns(args):
-    "(row, peer), round by round, beginning with another peer in each."
+    "(row, peer), round by round, beginning with another peer in each; parity is held against hf."
     for i in range(args.rounds):
         for name in args.rows:
-            peers = [p for p in args.table[name]["peers"] if p in args.peers]
+            peers = ("hf", "ftkit") if args.parity else args.table[name]["peers"]
+            peers = [p for p in peers if p in args.peers]
             first = i % max(1, len(peers))
             yield from ((name, p) for p in peers[first:] + peers[:first])
 
