@@ -53,7 +53,7 @@ TINY = {"lora": row("lora", "0", "tiny", ("hf", "ftkit"), batch=2, seq=32),
 def command(name, peer, args):
     "The line that runs a peer in a row."
     r = args.table[name]
-    how = {**r["how"], **(r["ours"] if peer == "ftkit" else {})}
+    how = {**r["how"], **(dict(r["ours"], profile=args.profile) if peer == "ftkit" else {})}
     if args.parity: how |= dict(parity=args.parity)
     if args.parity and r["ours"].get("mode") == "fp8": how |= dict(parity=max(200, args.parity))
     words = [sys.executable, str(HERE/"peers.py"), "--peer", peer]
@@ -79,6 +79,7 @@ def run_one(name, peer, args):
         make(args.home/shape, shape, device=args.device)
         done = subprocess.run(command(name, peer, args), capture_output=True, text=True,
                               timeout=args.timeout, env=environment(peer, args.site))
+        if args.profile: sys.stderr.write(done.stderr)
         lines = [x for x in done.stdout.splitlines() if x.startswith("RESULT ")]
         found = json.loads(lines[-1][7:]) if lines else dict(error=reason(done))
     except subprocess.TimeoutExpired: found = dict(error=f"more than {args.timeout} s")
@@ -186,6 +187,8 @@ def main():
     add("--timeout", type=float, default=600, help="seconds for one process")
     add("--rounds", type=int, default=1)
     add("--steps", type=int, default=6)
+    add("--profile", type=int, default=0, help="steps of ftkit's after the timed ones, to say on "
+                                              "stderr where their time goes")
     add("--parity", type=int, nargs="?", const=20, help="compare losses and gradients, not times")
     add("--log", type=Path, help="append every result here, and count what is there already")
     add("--results", type=Path, help="write the summary here, e.g. nbs/results/speed.json")

@@ -39,6 +39,7 @@ def arguments():
     add("--mask", type=float, default=0., help="part of each row that is not learned")
     add("--cap", type=float, help="GiB that may be used")
     add("--parity", type=int, help="steps, of which everything is read")
+    add("--profile", type=int, default=0, help="steps more, to say where the time goes; ftkit only")
     add("--device", default="cuda")
     return parser.parse_args()
 
@@ -48,7 +49,7 @@ def arguments():
 def samples(a, vocab):
     "Steps of lists of (ids, how many of the first are not learned), the same for every program."
     import numpy as np
-    rng, n = np.random.default_rng(0), a.parity or a.warmup + a.steps
+    rng, n = np.random.default_rng(0), a.parity or a.warmup + a.steps + a.profile
     for _ in range(n):
         lengths = [a.seq]*a.batch
         if a.packed: # as many tokens as in full rows, in samples around a quarter of the longest
@@ -249,7 +250,7 @@ def run_ftkit(a):
                            max_grad_norm=1e9 if a.parity else 0,
                            optimizer=dict(adamw="adamw", paged8="paged_adamw_8bit", **OURS)[a.opt])
     rows = in_order(steps, Plan(batch*len(steps), batch, seed=cfg.seed))
-    clock = Clock(0 if a.parity else a.warmup, a.parity or a.steps)
+    clock = Clock(0 if a.parity else a.warmup, a.parity or a.steps, a.profile)
     collate = partial(ft.collate, pad_id=0, mask=None)
     trainer = Trainer(model, ft.SupervisedTuning(), rows, cfg, optim, collate,
                       callbacks=[ft.FitMemory(), ft.StepGraphs(), clock])
@@ -257,11 +258,21 @@ def run_ftkit(a):
     run = trainer.fit()
     real = [sum(len(ids) for ids, _ in step) for step in samples(a, vocabulary(a))]
     seconds, every = times(clock), [r for r in run.history if r["event"] == "train"]
+    real = real[:len(real) - a.profile]
     first = len(real) - len(seconds)
+    if clock.profile: show_profile(clock.profile)
     report(a, [math.nan]*first + seconds, real, [r["loss"] for r in every],
            [r["grad_norm"] for r in every] if a.parity else [],
            (clock.peak or 0, clock.reserved or 0), resident, loaded,
            [p for p in model.parameters() if p.requires_grad])
+
+
+def show_profile(profile):
+    "Where the time goes, and in which kernels."
+    print(profile, file=sys.stderr)
+    for name, seconds, calls in profile.kernels:
+        each = f"{1e3*seconds/profile.steps:9.2f} ms {calls/profile.steps:7.1f} calls"
+        print(f"  {each}  {name[:110]}", file=sys.stderr)
 
 
 def blank():
@@ -273,7 +284,7 @@ def blank():
 
 def main():
     a = arguments()
-    if a.peer != "ftkit" and (a.mode == "fp8" or a.early or a.opt in OURS):
+    if a.peer != "ftkit" and (a.mode == "fp8" or a.early or a.profile or a.opt in OURS):
         sys.exit("only ftkit has it")
     os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", UNSLOTH_DISABLE_STATISTICS="1",
                       TOKENIZERS_PARALLELISM="false")
