@@ -177,8 +177,6 @@ class MlpHalf:
         "Gate and up as one matrix, with room behind it for their gradient; the norm's results."
         normed,inverse,more = self.norm.into(self.gate_up, middle, residual, factor)
         kept.gate_up = room(self.gate_up, len(middle), self.gate_up.out_features, middle)
-        kept.apart = _eight(self.gate_up) and _eight(self.down) and self.gate_up.apart
-        if kept.apart: more["apart"] = True
         kept.xa_up = self.gate_up.project(normed, self.plain(kept), kept.seeds[0], **more)[1]
         return normed[:,:middle.shape[1]], inverse
 
@@ -211,10 +209,7 @@ def forward_piece(self:MlpHalf, middle, x, factor, out):
     self.project(middle, kept, x, factor)
     h,more = room(self.down, len(middle), width, middle),{}
     how = self.plain(kept),self.act,h[:,:width]
-    if _eight(self.down):
-        beside = self.gate_up.pairs(kept.xa_up) if kept.apart else None
-        _,*codes = glu_codes(*how, beside=beside, inner=self.down.inner(h))
-        more = dict(codes=codes[:2], xa=codes[2] if codes[2:] else None)
+    if _eight(self.down): more = dict(codes=glu_codes(*how)[1:])
     else: glu_forward(*how)
     if self.after:
         kept.y,kept.xa_down = self.down.project(h, None, kept.seeds[1], **more)
@@ -261,16 +256,11 @@ def down_gradient(self:MlpHalf, dy, kept, into=None):
     gate_up,up,more = self.plain(kept),self.gate_up,{}
     dh = dy.new_empty(len(dy), self.down.in_features)
     how = dict(act=self.act, out=gate_up, h=dh if self.down.trainable else None)
-    eight,given = _eight(up) and up.back,_into(self.down, into)
-    if eight and self.down.apart: given["apart"] = True
-    def turn(added=None):
-        if not eight: return glu_backward(dh, gate_up, **how)
-        beside = up.pairs(kept.xa_up) if kept.apart else None
-        _,*codes = glu_backward_codes(dh, gate_up, up.column_factors, beside=beside,
-                                      added=added, **how)
-        more.update(codes=codes[:2], dxa=codes[2] if codes[2:] else None)
+    def turn():
+        if not (_eight(up) and up.back): return glu_backward(dh, gate_up, **how)
+        more.update(codes=glu_backward_codes(dh, gate_up, up.column_factors, **how)[1:])
     grads = self.down.project_backward(dy, dh, kept.xa_down, out=dh, seed=kept.seeds[1],
-                                       between=turn, **given)[1]
+                                       between=turn, **_into(self.down, into))[1]
     return grads, more
 
 def _into(p, grads):

@@ -291,7 +291,7 @@ def unpacked_bytes(projections, # All of the model
                   )->int:
     "Memory in which matrices are unpacked; projections of a shape, or of a slot, share it."
     eight = [p for p in projections if getattr(p, "takes_codes", False)]
-    codes = {(p.layout, p.K): dict(both=0, one=1, none=2)[p.keep]*p.N*p.K for p in eight}
+    codes = {(p.layout, p.K): p.code_bytes[1] for p in eight}
     found = [p for p in projections if p not in eight and p.matrix is None and not all(
         type(m.base) is nn.Linear and m.base.weight.dtype == dtype for m in p.parts)]
     keys = dict(slots_of(found, cut, slots)) if slots else {}
@@ -361,7 +361,7 @@ def held_bytes(fast, dtype)->int:
     "What is held beside the weights: room for LoRA in their matrices, codes of eight bits."
     every = [p for part in fast.parts for p in part.projections]
     eight = [p for p in every if getattr(p, "takes_codes", False)]
-    codes = sum(dict(both=2, one=1, none=0)[p.keep]*p.N*p.K + 4*p.N for p in eight)
+    codes = sum(p.code_bytes[0] + 4*p.N for p in eight)
     if not getattr(fast, "hold", False) or getattr(fast, "held", None): return codes
     found = [p for p in every if p not in eight and p.matrix is None and p.R and
              all(type(m.base) is nn.Linear and m.base.weight.dtype == dtype for m in p.parts)]

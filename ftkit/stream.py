@@ -14,6 +14,7 @@ from .kernels.norm import rms_backward, rms_forward
 
 # %% ../nbs/73_stream.ipynb #3487737f
 def _eight(p): return getattr(p, "takes_codes", False)
+def _coded(p): return _eight(p) and not p.joined[0] # else it makes codes with LoRA's beside
 def _ranks(p): return p.R if p.enabled and not _eight(p) else 0
 
 def room(projection, rows:int, width:int, like:Tensor)->Tensor:
@@ -41,9 +42,9 @@ class Norm:
         "What is normed, with room for a projection's ranks; 1/length; what else that one is told."
         wide,how = room(projection, *x.shape, x),{}
         if residual is not None: how = dict(residual=residual, scale=factor, summed=x)
-        write = rms_codes if _eight(projection) else rms_forward
+        write = rms_codes if _coded(projection) else rms_forward
         found = write(x, self.module.weight, self.eps, self.plus, out=wide[:,:x.shape[1]], **how)
-        return wide, found[1], dict(codes=found[3:]) if _eight(projection) else {}
+        return wide, found[1], dict(codes=found[3:]) if _coded(projection) else {}
 
     def backward(self, dy, x, inverse, add=None, out=None):
         "Gradient of x, with `add` in it; a tuple with that of the weight if it is trained."

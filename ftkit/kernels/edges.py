@@ -335,7 +335,7 @@ class Edges:
                 ):
         self.projections = [p for p in projections if p.views is not None and p.R]
         self.defer = defer and any(t[1] in "AB" for p in self.projections for t in p.trained)
-        self.ran,self.there,self.back = set(),None,None
+        self.ran,self.there,self.back,self.turn = set(),None,None,None
         for p in self.projections: p.shared = self
         if self.defer: self._make_slots()
 
@@ -347,6 +347,7 @@ class Edges:
     def spread(self)->None:
         "Write all factors where the products want them; to be called before each forward pass."
         self.ran.clear()
+        self.turn = object() # another one for each time, for those that make more of the factors
         held = [p for p in self.projections if p.views is not None]
         if not held: return
         key = [p.matrix.data_ptr() for p in held]
