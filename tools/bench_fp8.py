@@ -23,7 +23,8 @@ def check():
     "The compiled kernels beside the formulas."
     from ftkit.kernels.eight import rms_codes
     from ftkit.kernels.middle import glu_backward_codes, glu_codes
-    from ftkit.kernels.fp8 import qtensor_scales, qtensor_to_fp8, quantize_rows, scaled_linear
+    from ftkit.kernels.fp8 import (codes_beside, qtensor_scales, qtensor_to_fp8, quantize_rows,
+                                   scaled_linear)
     from ftkit.kernels.glu import glu_backward
     from ftkit.quant.fp8 import fp8_product, from_fp8, to_fp8
     from ftkit.quant.qtensor import quantize
@@ -47,12 +48,20 @@ def check():
         print(f"{name:12} other codes {other:.1e}, relative difference {far:.1e}")
     a, b = scaled_linear(*to_fp8(x), *formula), fp8_product(*to_fp8(x), *formula, torch.float32)
     print(f"{'product':12} relative difference {((a - b).norm()/b.norm()).item():.1e}")
+    xa, sB = randn(333, 32), randn(1024, 32, scale=0.1)
+    right, steps = torch.cat([formula[0], formula[0][:, :96]], 1), torch.empty(32, device="cuda")
+    codes_beside(sB, right[:, D:], steps, scales)
+    a = scaled_linear(*quantize_rows(x, beside=(xa, steps)), right, scales).float()
+    a -= scaled_linear(*quantize_rows(x, beside=(xa*0, steps)), right, scales).float()
+    b = xa.float() @ sB.float().T
+    print(f"{'LoRA within':12} relative difference {((a - b).norm()/b.norm()).item():.1e}")
 
 
 def passes(T, bench):
     from ftkit.kernels.eight import rms_codes
     from ftkit.kernels.middle import glu_backward_codes, glu_codes
-    from ftkit.kernels.fp8 import qtensor_scales, qtensor_to_fp8, quantize_rows, transpose_codes
+    from ftkit.kernels.fp8 import (codes_beside, qtensor_scales, qtensor_to_fp8, quantize_rows,
+                                   transpose_codes)
     from ftkit.kernels.glu import glu_backward, glu_forward
     from ftkit.kernels.norm import rms_forward
     from ftkit.quant.qtensor import quantize
@@ -63,11 +72,14 @@ def passes(T, bench):
     codes = qtensor_to_fp8(q, scales)
     turned = codes.new_empty(D, 2*F)
     xa, sB, A, dxa = randn(T, 32), randn(2*F, 32)/50, randn(16, F)/50, randn(T, 16)
-    pairs = (xa[:, :16], sB[:F, :16]), (xa[:, 16:], sB[F:, 16:])
-    lora, back = dict(beside=pairs, inner=A), dict(beside=pairs, added=(dxa, A))
+    steps, right = torch.rand(32, device="cuda"), codes.new_empty(2*F, 96)
+    below = codes.new_empty(F, 48)
     td, tf, n = T*D, T*F, 2*F*D
     runs = {"copy": (lambda: wide.copy_(gate_up), 8*tf),
             "rows of 4096": (lambda: quantize_rows(x), 3*td),
+            "rows of 4096, LoRA beside": (lambda: quantize_rows(x, beside=(xa, steps)), 3*td),
+            "factors beside gate, up": (lambda: codes_beside(sB, right, steps, scales), 4*F*80),
+            "factors beside down": (lambda: codes_beside(A.T, below, steps[:16]), F*80),
             "rows of 14336": (lambda: quantize_rows(h), 3*tf),
             "rows of 28672, factors": (lambda: quantize_rows(gate_up, factors), 6*tf),
             "norm alone": (lambda: rms_forward(x, weight, 1e-6, residual=r, summed=r), 8*td),
@@ -77,9 +89,9 @@ def passes(T, bench):
             "glu back alone": (lambda: glu_backward(h, gate_up, out=wide), 10*tf),
             "glu back and codes": (lambda: glu_backward_codes(h, gate_up, factors, out=wide, h=h),
                                    18*tf),
-            "glu, LoRA, codes": (lambda: glu_codes(gate_up, out=h, **lora), 9*tf),
-            "glu back, LoRA, codes": (lambda: glu_backward_codes(h, gate_up, factors, out=wide, h=h,
-                                                                 **back), 18*tf),
+            "the same without h": (lambda: glu_backward_codes(h, gate_up, factors, out=wide),
+                                   16*tf),
+            "h times A": (lambda: h @ A.T, 2*tf),
             "LoRA added to gate and up": (lambda: wide.addmm_(xa, sB.T), 8*tf),
             "LoRA added to dh": (lambda: h.addmm_(dxa, A), 4*tf),
             "nf4 to e4m3": (lambda: qtensor_to_fp8(q, scales, codes), 1.53*n),
@@ -92,12 +104,14 @@ def passes(T, bench):
 
 def products(T, bench):
     from ftkit.kernels.fp8 import quantize_rows, scaled_linear
-    for name, n, k in (("qkv", sum(QKV), D), ("o", D, D), ("gate-up", 2*F, D), ("down", D, F)):
+    for name, n, k in (("qkv", sum(QKV), D), ("o", D, D), ("gate-up", 2*F, D), ("down", D, F),
+                       ("gate-up, LoRA within", 2*F, D + 96), ("down back", F, D),
+                       ("down back, LoRA within", F, D + 48)):
         x, w, out = randn(T, k), randn(n, k, scale=0.02), randn(T, n)
         codes, flops = (*quantize_rows(x), *quantize_rows(w)), 2*T*n*k/1e9
         ms = [bench(lambda: torch.mm(x, w.T, out=out)),
               bench(lambda: scaled_linear(*codes, out=out))]
-        print(f"{name:10} bf16 {ms[0]:7.3f} ms {flops/ms[0]:6.0f} TFLOP/s   "
+        print(f"{name:22} bf16 {ms[0]:7.3f} ms {flops/ms[0]:6.0f} TFLOP/s   "
               f"e4m3 {ms[1]:7.3f} ms {flops/ms[1]:6.0f} TFLOP/s")
 
 
