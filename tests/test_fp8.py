@@ -395,7 +395,8 @@ def test_lora_within(r, T, quantized):
 @pytest.mark.parametrize("quantized", (False, True))
 def test_only_lora_is_left(keep, quantized):
     "Weights of next to nothing: what comes out is LoRA's, within a percent."
-    for shape, r in (((512, 1536), 16), ((1536, 512), 16), ((1536, 3072), 64), ((3072, 1536), 64)):
+    some = ((512, 1024), 16), ((1024, 512), 16), ((1536, 3072), 64), ((3072, 1536), 64)
+    for shape, r in some[:2] if quantized else some:
         p = near(wide(shape[1], width=shape[0], r=r, quantized=quantized, weight=None if quantized
                       else 1e-6, std=1e4 if quantized else 0.05), 17, keep, most=0.01)
         assert sum(p.joined) == 1

@@ -105,8 +105,9 @@ def passes(T, bench):
 def products(T, bench):
     from ftkit.kernels.fp8 import quantize_rows, scaled_linear
     for name, n, k in (("qkv", sum(QKV), D), ("o", D, D), ("gate-up", 2*F, D), ("down", D, F),
-                       ("gate-up, LoRA within", 2*F, D + 96), ("down back", F, D),
-                       ("down back, LoRA within", F, D + 48)):
+                       ("gate-up, LoRA within", 2*F, D + 96), ("gate-up, whole tiles", 2*F, D + 128),
+                       ("down back", F, D), ("down back, LoRA within", F, D + 48),
+                       ("down back, whole tiles", F, D + 128)):
         x, w, out = randn(T, k), randn(n, k, scale=0.02), randn(T, n)
         codes, flops = (*quantize_rows(x), *quantize_rows(w)), 2*T*n*k/1e9
         ms = [bench(lambda: torch.mm(x, w.T, out=out)),

@@ -340,9 +340,9 @@ def project_onto(self:EightProjection, x:Tensor, residual:Tensor, factor:float, 
     y,xa,V = self._answer(x, None, seed, more.get("codes"))
     sB,grid = V.sB,(triton.cdiv(len(y), 64), triton.cdiv(self.N, 64))
     strides = [row_stride(t) for t in (y, xa, sB, residual, out)]
+    how = dict(RANK=max(16, triton.next_power_of_2(self.R)), HOW=dot_precision(y), M=64, N=64)
     with on(y): _onto_kernel[grid](y, xa, sB, residual, out, *y.shape, self.R, float(factor),
-                                   *strides, RANK=max(16, triton.next_power_of_2(self.R)), HOW=dot_precision(y), M=64, N=64,
-                                   num_warps=4)
+                                   *strides, num_warps=4, **how)
     return xa
 
 # %% ../../nbs/72_kernels.eight.ipynb #8f492321
