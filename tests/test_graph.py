@@ -302,8 +302,15 @@ def test_weights_that_only_some_batches_reach():
         trainer_of(model, rows_of([[24], [16]]*6, masked=2), [graphs], objective=Sometimes(), epochs=2,
                    batch_size=1).fit()
         return model.extra.detach()
-    graphs = StepGraphs(recorder=Tape)
-    torch.testing.assert_close(run(graphs), run(Never(recorder=Again)), rtol=1e-5, atol=1e-7)
+    class Keeps(StepGraphs):
+        "Gradients stay from the first batch on: a weight that is not reached has one of zeros."
+        def compute(self, *args):
+            out = super().compute(*args)
+            self.keep()
+            return out
+    graphs, never = Keeps(recorder=Tape), Keeps(recorder=Again)
+    never.WARM = 10**9
+    torch.testing.assert_close(run(graphs), run(never), rtol=1e-5, atol=1e-7)
     assert sum(e.recording is not None for e in graphs.entries.values()) == 2 or graphs.used > 8
 
 
@@ -382,3 +389,18 @@ def test_after_a_failed_recording_the_gpu_works_on():
     assert torch.rand(3, device="cuda").sum() > 0 and torch.nn.functional.dropout(x).shape == (4,)
     assert torch.cuda.current_stream() == torch.cuda.default_stream()
     assert float(Graph(lambda: x*2, "cuda").replay().sum()) == 8
+
+
+def test_what_does_not_pay_is_asked_once(monkeypatch):
+    "A GPU that is busy anyway: no gradients stay, and nobody waits again."
+    from ftkit import graph
+    asked, real = [], graph.host_share
+    def share(run, wait, *more):
+        asked.append(1)
+        out, _, whole = real(run, wait, *more)
+        return out, 0.1, whole
+    monkeypatch.setattr(graph, "host_share", share)
+    graphs = StepGraphs(recorder=Again)
+    ours = train(graphs, EVEN, epochs=2, cuda_graph=None)
+    assert len(asked) == 1 and not graphs.used and not graphs.grads
+    same(ours, train(Never(recorder=Again), EVEN, epochs=2))
