@@ -20,7 +20,9 @@ from .core import FtkitError, unknown_name
 from .kernels.launch import jit, on, tl, triton, use_kernels
 
 # %% ../nbs/07_kept.ipynb #749ebf2b
-LEVELS = dict(none={"qkv", "attended", "middle", "gate_up"},
+LEVELS = dict(all={"qkv", "attended", "middle", "gate_up", "normed", "product"},
+              norms={"qkv", "attended", "middle", "gate_up", "normed"},
+              none={"qkv", "attended", "middle", "gate_up"},
               some={"qkv", "attended", "middle"}, more={"qkv", "attended"},
               much={"attended"}, most=set())
 
@@ -30,7 +32,7 @@ PIECE = 4096 # With fewer tokens at a time Python has more to do, and products a
 class Saving:
     "How a layer saves memory."
     level:str="none" # How much is computed again, one of `LEVELS`
-    host:bool=False  # What is kept waits in the memory of the host, but for gate and up
+    host:bool=False  # What is kept waits on the host, but for gate, up and what only `all` keeps
     piece:int=0      # Tokens of the MLP at a time, at most, if it is computed again; 0: `PIECE`
 
     def __post_init__(self):
