@@ -111,7 +111,7 @@ def made(kind, **more):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("plan", ["none", "some", "more", "much", "most", "mixed", "host", "away", "pieces"])
+@pytest.mark.parametrize("plan", ["all", "norms", "none", "some", "more", "much", "most", "mixed", "host", "away", "pieces"])
 def test_the_peak_is_as_predicted(as_on_a_gpu, kind, plan):
     model = made(kind, vocab_size=320, num_hidden_layers=6)
     plan = {"mixed": [Saving("most")]*2 + [Saving("some")]*2 + [Saving()]*2, "host": Saving("most", host=True), "away": Saving("much", host=True),
@@ -122,7 +122,7 @@ def test_the_peak_is_as_predicted(as_on_a_gpu, kind, plan):
     assert 0.95 < said.bytes/found < 1.05, (said, found, said.line)
 
 
-@pytest.mark.parametrize("plan", ["none", "some", "most"])
+@pytest.mark.parametrize("plan", ["all", "norms", "none", "some", "most"])
 def test_norms_behind_and_inside(as_on_a_gpu, plan):
     from transformers import Gemma3ForCausalLM, Gemma3TextConfig
     torch.manual_seed(0)
