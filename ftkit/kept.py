@@ -65,7 +65,8 @@ class Watch:
         modules = list(modules)
         each = [m for top in modules for m in top.modules()]
         self.places = [(d, k) for m in each for d in (m._modules, m._parameters) for k in d]
-        self.places += [(m._buffers, k) for m in each for k in m._buffers if k == "merged_weight"]
+        self.places += [(m._buffers, k) for m in each for k in m._buffers
+                        if k in ("merged_weight", "weight_codes")] # of the latter there are copies
         self.entries = [d[k] for d,k in self.places]
         self.params = [p for m in each for p in m._parameters.values() if p is not None]
         self.loras = [m for m in each if "start_A" in m._buffers]

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['PARTS', 'COLOURS', 'Tally', 'LayerShape', 'layer_shape', 'host_bytes', 'kept_bytes', 'spare_bytes', 'mlp_work',
            'again_bytes', 'attention_work', 'forward_work', 'StepShape', 'loss_bytes', 'step_line', 'Peak',
-           'resident_bytes', 'unpacked_bytes', 'slots_of', 'optimizer_bytes', 'step_shape', 'held_bytes', 'kept_now',
-           'peak_svg']
+           'resident_bytes', 'unpacked_bytes', 'slots_of', 'optimizer_bytes', 'step_shape', 'held_bytes',
+           'copied_bytes', 'kept_now', 'peak_svg']
 
 # %% ../nbs/83_peaks.ipynb #56bf7722
 import weakref
@@ -305,8 +305,8 @@ def unpacked_bytes(projections, # All of the model
     "Memory in which matrices are unpacked; projections of a shape, or of a slot, share it."
     eight = [p for p in projections if getattr(p, "takes_codes", False)]
     codes = {(p.layout, p.K): dict(both=0, one=1, none=2)[p.keep]*p.N*p.K for p in eight}
-    found = [p for p in projections if p not in eight and p.matrix is None and not all(
-        type(m.base) is nn.Linear and m.base.weight.dtype == dtype for m in p.parts)]
+    found = [p for p in projections if p not in eight and (p.matrix is None or p.packed) and not
+             all(type(m.base) is nn.Linear and m.base.weight.dtype == dtype for m in p.parts)]
     keys = dict(slots_of(found, cut, slots)) if slots else {}
     for p in found if not slots else (): keys |= _unpacked(p, cut)
     return dtype.itemsize*sum(keys.values()) + sum(codes.values())
@@ -365,7 +365,7 @@ def step_shape(model,            # One that `speed_up` has taken
     return StepShape(tuple(layer_shape(p) for p in fast.parts), tokens, dtype.itemsize,
                      resident_bytes(model) + held_bytes(fast, dtype),
                      optimizer_bytes(trained, optimizer),
-                     unpacked_bytes(projections, dtype, cut),
+                     unpacked_bytes([p for p in projections if not (p.packed and p.views)], dtype, cut),
                      0 if getattr(fast, "hold", False) else _factors(projections, dtype),
                      learned=learned, accumulate=accumulate, early=early*StepInBackward.ENOUGH,
                      rotary=fast.parts[0].attention.head_dim, **_ends(model, dtype))
@@ -375,10 +375,17 @@ def held_bytes(fast, dtype)->int:
     every = [p for part in fast.parts for p in part.projections]
     eight = [p for p in every if getattr(p, "takes_codes", False)]
     codes = sum(dict(both=2, one=1, none=0)[p.keep]*p.N*p.K + 4*p.N for p in eight)
+    codes += copied_bytes([p for p in every if p.views], dtype)
+    if getattr(fast, "hold", False) or fast.inner.norm.weight.is_meta: # as it will be on a GPU
+        codes -= sum(p.waiting for p in eight)
     if not getattr(fast, "hold", False) or getattr(fast, "held", None): return codes
     found = [p for p in every if p not in eight and p.matrix is None and p.R and
              all(type(m.base) is nn.Linear and m.base.weight.dtype == dtype for m in p.parts)]
     return codes + dtype.itemsize*sum(p.R*(p.N + p.K + p.R) for p in found)
+
+def copied_bytes(projections, dtype)->int:
+    "What it takes to hold weights in four bits unpacked."
+    return dtype.itemsize*sum((p.N + p.R)*(p.K + p.R) for p in projections if p.packed)
 
 def _ends(model, dtype):
     "What the embedding and the head add."
