@@ -365,7 +365,8 @@ def step_shape(model,            # One that `speed_up` has taken
     return StepShape(tuple(layer_shape(p) for p in fast.parts), tokens, dtype.itemsize,
                      resident_bytes(model) + held_bytes(fast, dtype),
                      optimizer_bytes(trained, optimizer),
-                     unpacked_bytes([p for p in projections if not (p.packed and p.views)], dtype, cut),
+                     unpacked_bytes([p for p in projections if not (p.packed and p.views)], dtype,
+                                    cut),
                      0 if getattr(fast, "hold", False) else _factors(projections, dtype),
                      learned=learned, accumulate=accumulate, early=early*StepInBackward.ENOUGH,
                      rotary=fast.parts[0].attention.head_dim, **_ends(model, dtype))

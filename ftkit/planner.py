@@ -155,7 +155,8 @@ def __repr__(self:MemoryPlan)->str:
     return f"{'; '.join([text, *more])}: predicted {gb(self.peak.needs)}{of} GB"
 
 _WHAT = dict(all="keeps everything, and norms and the MLP's product too",
-             norms="keeps everything, and norms too", none="keeps everything", some="computes gate and up again",
+             norms="keeps everything, and norms too", none="keeps everything",
+             some="computes gate and up again",
              more="keeps q, k, v and what attention gives",
              much="keeps what attention gives", most="keeps inputs only")
 

@@ -251,7 +251,8 @@ def test_recordings_go_first_when_memory_runs_out(capsys):
     graphs, fit, short = StepGraphs(recorder=Large), FitMemory(), Short()
     short.order = 9
     ours = train(graphs, DENSE, callbacks=[fit, short], epochs=1)
-    assert graphs.off and graphs.used == 5 and not graphs.held and fit.plan.at == 0
+    assert graphs.off and graphs.used == 5 and not graphs.held
+    assert {s.level for s in fit.plan.rung.saving} == {"none"}  # it did not go down
     assert "memory ran out" in capsys.readouterr().err
     same(ours, train(Never(recorder=Again), DENSE, epochs=1))
 
@@ -271,8 +272,11 @@ def test_what_changes_between_steps_is_noticed():
         def after_step(self, t):
             if t.step == 12: set_saving(t.model, [Saving("most"), Saving("none")])
             if t.step == 16: SCRATCH.forget()
-            if t.step == 20: find_decoder(t.model).__dict__["_fast"].build()
-    for how in (dict(hold=True), dict(bits=4)):
+            fast = find_decoder(t.model).__dict__["_fast"]
+            if t.step == 18: fast.cache(2)  # weights in four bits stay unpacked
+            if t.step == 20: fast.build()
+            if t.step == 22: fast.cache(1)
+    for how in (dict(hold=True), dict(bits=4), dict(bits=4, hold=True)):
         graphs = StepGraphs(recorder=Again)
         ours = train(graphs, callbacks=[Change()], dropout=0.1, **how)
         assert graphs.used and not graphs.off

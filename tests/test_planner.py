@@ -436,3 +436,32 @@ def test_a_step_that_needs_the_memory_of_unpacked_weights(monkeypatch, capfd):
         assert a["step"] == b["step"] and a.get("loss") == pytest.approx(b.get("loss"), rel=1e-5)
     for k in want: torch.testing.assert_close(got[k], want[k], rtol=1e-4, atol=1e-6)
     assert not any(unpacked(other.model))
+
+
+def test_weights_that_wait_on_the_host_are_not_counted():
+    "With codes of eight bits there are two of each weight, and the weight itself is away."
+    sizes = {}
+    for compute in "auto", "fp8":
+        model = empty_model("llama3_8b", torch.bfloat16)
+        with torch.device("meta"): add_lora(model, LoraConfig(r=16))
+        assert speed_up(model.train(), compute=compute, hold=True)
+        sizes[compute] = plan_memory(model, 8192, dtype=torch.bfloat16, optimizer="adamw").peak.bytes/2**30
+    assert sizes["fp8"] == pytest.approx(39.8, rel=0.03) and sizes["auto"] == pytest.approx(39.7, rel=0.03), sizes
+
+
+def test_weights_for_which_the_host_has_no_memory_stay(monkeypatch):
+    model = add_lora(tiny_model(), LoraConfig(r=4))
+    assert speed_up(model, compute="fp8", hold=True)
+    inner = find_decoder(model)
+    state = inner.__dict__["_fast"]
+    parts = [p for p in state.all() if hasattr(p, "waiting")]
+    for p in parts: p.wait = True
+    n = sum(p.waiting for p in parts)
+    assert n == sum(p.N*p.K*4 for p in parts)
+    monkeypatch.setattr(state, "inner", SimpleNamespace(norm=SimpleNamespace(weight=SimpleNamespace(is_cuda=True))))
+    monkeypatch.setattr(fast, "host_memory", lambda: 2*n)
+    state.stay()
+    assert all(p.wait for p in parts)
+    monkeypatch.setattr(fast, "host_memory", lambda: n)
+    state.stay()
+    assert not any(p.wait or p.waiting for p in parts)
