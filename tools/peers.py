@@ -165,7 +165,8 @@ def side_by_side(step, device):
         at += len(x)
     batch = dict(input_ids=ids, labels=labels, position_ids=places)
     batch = {k: v.to(device) for k, v in batch.items()}
-    return dict(batch, packed_seq_lengths=torch.tensor([len(x) for x, _ in step], dtype=torch.int32))
+    lengths = torch.tensor([len(x) for x, _ in step], dtype=torch.int32)
+    return dict(batch, packed_seq_lengths=lengths)
 
 
 def parts_of(a, step):
