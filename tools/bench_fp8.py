@@ -104,8 +104,9 @@ def passes(T, bench):
 
 def products(T, bench):
     from ftkit.kernels.fp8 import quantize_rows, scaled_linear
-    for name, n, k in (("qkv", sum(QKV), D), ("o", D, D), ("gate-up", 2*F, D), ("down", D, F),
-                       ("gate-up, LoRA within", 2*F, D + 96), ("gate-up, whole tiles", 2*F, D + 128),
+    for name, n, k in (("qkv", sum(QKV), D), ("o", D, D), ("gate-up", 2*F, D),
+                       ("gate-up, LoRA within", 2*F, D + 96),
+                       ("gate-up, whole tiles", 2*F, D + 128), ("down", D, F),
                        ("down back", F, D), ("down back, LoRA within", F, D + 48),
                        ("down back, whole tiles", F, D + 128)):
         x, w, out = randn(T, k), randn(n, k, scale=0.02), randn(T, n)
