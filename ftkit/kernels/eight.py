@@ -137,11 +137,6 @@ class EightProjection(Projection):
         bases = [p.base for p in self.parts if type(p.base) is nn.Linear]
         return self.wait*(not self.sent)*sum(b.weight.nbytes for b in bases)
 
-    @property
-    def code_bytes(self)->tuple: # Of the codes that are held; of those that are made for each call
-        there,back = (rows*columns for rows,columns in self.shapes)
-        return dict(both=(there + back, 0), one=(there, back), none=(0, there + back))[self.keep]
-
 # %% ../../nbs/72_kernels.eight.ipynb #a3231a54
 @patch
 def _state(self:EightProjection): return [_facts(p.base) for p in self.parts]
@@ -194,6 +189,13 @@ def codes(self:EightProjection,
         self.stamps[turned] = None # another one's factors may be there
     return out
 
+# %% ../../nbs/72_kernels.eight.ipynb #c2d50452
+@patch(as_prop=True)
+def code_bytes(self:EightProjection)->tuple: # Held all the time; made for each call
+    "What the codes take."
+    there,back = (rows*columns for rows,columns in self.shapes)
+    return dict(both=(there + back, 0), one=(there, back), none=(0, there + back))[self.keep]
+
 # %% ../../nbs/72_kernels.eight.ipynb #48432e3d
 @patch
 def _views(self:EightProjection, x, fresh):
@@ -210,6 +212,7 @@ def _room(self:EightProjection, dtype, device):
     return SimpleNamespace(M=None, A=new(self.R, self.K), sB=new(self.N, self.R),
                            pieces=lambda: self._pieces(dtype, device))
 
+# %% ../../nbs/72_kernels.eight.ipynb #32a0b6c5
 @patch
 def hold(self:EightProjection,
          dtype=torch.bfloat16, # The type that will be computed in

@@ -99,6 +99,7 @@ def _codes_back_kernel(dh, gate, up, dgate, dup, h, fg, fu, cg, cu, scales, widt
         _recode(dgate + row*os, fg, cg + row*cs, inverse, to, width)
         _recode(dup + row*os, fu, cu + row*cs, inverse, to, width)
 
+# %% ../../nbs/70_kernels.middle.ipynb #5ea2f5dd
 @jit
 def _recode(x, factors, codes, inverse, to, width):
     v = tl.load(x + to, mask=to < width, other=0.).to(tl.float32)
