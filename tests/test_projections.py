@@ -388,7 +388,8 @@ def test_with_kernels(mix, held):
 
 
 DIAGONALS = {"one": [(33, 16)], "two": [(300, 8), (130, 8)], "odd": [(7, 3), (129, 45)],
-             "gaps": [(5, 0), (140, 4), (9, 0), (31, 17), (2, 0)], "wide": [(64, 64), (1100, 64)],
+             "gaps": [(5, 0), (140, 4), (9, 0), (31, 17), (2, 0)],
+             "wide": [(64, 64), (200 if dev == "cpu" else 1100, 64)],
              "many": [(16, 16)]*5, "more": [(40, 65), (8, 15)]}
 
 
@@ -398,7 +399,7 @@ def diagonal(parts):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("name", DIAGONALS)
-@pytest.mark.parametrize("T", [1, 17, 333, 1100])
+@pytest.mark.parametrize("T", [1, 17, 130] + [3000]*(dev == "cuda"))
 def test_both_of_one_reading(T, name, dtype):
     "Beside float64; rows that lie apart, given places, other types, added to what is there."
     parts = DIAGONALS[name]
@@ -410,16 +411,18 @@ def test_both_of_one_reading(T, name, dtype):
     close = dict(rtol=1e-4, atol=1e-3) if dtype == torch.float32 else dict(rtol=8e-3, atol=.1)
     out, old = wide[:, N:], torch.full((N, R), 2., device=dev)
     with kernels():
-        fast = dtype != torch.float32 if dev == "cuda" else dtype != torch.bfloat16
+        hopper = dev == "cuda" and torch.cuda.get_device_capability()[0] == 9
+        fast = dtype != (torch.float32 if hopper else torch.bfloat16) and (hopper or dev == "cpu")
         assert both_in_one(dy, b, x, parts) == (fast and max(r for _, r in parts) <= 64)
         dxa, B = both(dy, b, x, parts, out)
         assert dxa is out and B.dtype == torch.float32
         for ours, exact in zip((dxa, B), want): assert_close(ours.double(), exact, **close)
         assert both(dy, b, x, parts, into=old, add=True)[1] is old
         assert_close(old, B + 2, **close)
-        again, low = both(dy, b, x, parts, kind=torch.float16)
-        assert torch.equal(again, dxa) and low.dtype == torch.float16
-        assert_close(low.float(), B, rtol=2e-3, atol=1e-2)
+        if T == 17:
+            again, low = both(dy, b, x, parts, kind=torch.float16)
+            assert torch.equal(again, dxa) and low.dtype == torch.float16
+            assert_close(low.float(), B, rtol=2e-3, atol=1e-2)
     with pytest.raises(ValueError, match="x: "): both(dy, b, x[:, 1:], parts)
     with pytest.raises(ValueError, match="expected torch.float64"): both(dy.double(), b, x, parts)
     with pytest.raises(ValueError, match="into: "): both(dy, b, x, parts, into=old[1:])
@@ -446,13 +449,16 @@ def test_gradients_of_one_reading(mix, dropout):
     dtype = torch.float16 if dev == "cuda" else torch.float32
     modules = layers(MIXES[mix], bias=True, dropout=dropout)
     p = Projection(modules, Scratch())
-    x, dy = inputs(70, K + p.R, 1, dtype), inputs(70, p.N + p.R, 2, dtype)
+    x, dy = inputs(9, K + p.R, 1, dtype), inputs(9, p.N + p.R, 2, dtype)
     with kernels():
         for given in ((dy, x), (dy[:, :p.N], x[:, :K])):
             y, xa = p.project(given[1], seed=3)
             want = p.project_backward(*given, xa, seed=3)
             p.large = 0
-            assert p._both(dy[:, :p.N], xa, p._views(x[:, :K], True))[1]
+            V = p._views(x[:, :K], True)
+            used = p._both(dy[:, :p.N], xa, V)[1] is not None
+            assert used == both_in_one(dy[:, :p.N], V.sB, xa, p.diagonal)
+            assert used or dev == "cuda"
             ours = p.project_backward(*given, xa, seed=3)
             del p.large
             for a, b in zip([ours[0], *ours[1]], [want[0], *want[1]]):

@@ -391,17 +391,14 @@ def _both_sizes(parts, size, device):
     how = dict(M=64, RANK=_power(max(r for _,r in parts)), COLS=cols, RANKS=ranks, num_stages=3)
     if device.type != "cuda": return how | dict(N=128, num_warps=4), 4
     card = torch.cuda.get_device_properties(device)
-    room = getattr(card, "shared_memory_per_block_optin", 48 << 10)
-    fits = lambda n: size*(3*64*(n + how["RANK"]) + n*how["RANK"]) <= 0.95*room
-    choices = (512, 256, 128) if card.major == 9 else (256, 128)
-    N = next((n for n in choices if fits(n)), 64)
-    return how | dict(N=N, num_warps=8 if N > 128 else 4), card.multi_processor_count
+    fits = lambda n: size*(3*64*(n + how["RANK"]) + n*how["RANK"]) <= 220_000 # of shared memory
+    return how | dict(N=512 if fits(512) else 256, num_warps=8), card.multi_processor_count
 
 @lru_cache
 def _both_chunk(rows, tiles, together, M):
     "Rows of a chunk: so many that the last programs end together, and few of them."
     def idle(chunks): return -tiles*chunks % together/(tiles*chunks) + 0.01*chunks
-    chunks = min(range(1, max(1, min(16, rows//512)) + 1), key=idle)
+    chunks = min(range(1, max(1, min(16, rows//64)) + 1), key=idle)
     return -(-rows//(chunks*M))*M
 
 # %% ../../nbs/09_kernels.grouped.ipynb #4c02b8fb
@@ -409,8 +406,8 @@ def both_in_one(dy:Tensor, # As for `both`
                 b:Tensor, x:Tensor, parts # Likewise
                )->bool:
     "Whether `both` will read `dy` once for these."
-    if not _kernels_for(dy) or (0, 0) < capability(dy) < (8, 0): return False
-    if dy.dtype == torch.float32 and dy.is_cuda: return False # too slow without tensor cores
+    if not _kernels_for(dy): return False
+    if dy.is_cuda and (capability(dy)[0] != 9 or dy.element_size() != 2): return False
     straight = all(t.shape[1] == 1 or t.stride(1) == 1 for t in (dy, b, x))
     return straight and dy.numel() > 0 and 0 < max(r for _,r in parts) <= 64
 
