@@ -296,7 +296,7 @@ def _both_plain(dy, b, x, parts, out, into, add):
 @jit
 def _both_kernel(d, b, x, sums, grads, table, rows, width, chunk, ds, bs, xs, RANK:tl.constexpr,
                  COLS:tl.constexpr, RANKS:tl.constexpr, PREC:tl.constexpr, M:tl.constexpr,
-                 N:tl.constexpr): # COLS, RANKS: what divides the table's columns, ranks
+                 N:tl.constexpr): # COLS, RANKS divide all columns, all ranks in the table
     tile = table + tl.program_id(0)*4
     first,end = tl.multiple_of(tl.load(tile), COLS),tl.multiple_of(tl.load(tile + 1), COLS)
     low,high = tl.multiple_of(tl.load(tile + 2), RANKS),tl.multiple_of(tl.load(tile + 3), RANKS)
