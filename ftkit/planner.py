@@ -22,7 +22,7 @@ from .kernels import loss as loss_of
 from .kernels.edges import SCRATCH
 from .memory import CUDA, Ledger, prepared
 from .peaks import (Peak, host_bytes, layer_shape, optimizer_bytes, slots_of, step_shape,
-                         unpacked_bytes)
+                         copied_bytes, unpacked_bytes)
 from .training.loop import _recompute as recompute, row_length
 from .training.plan import memory_bytes
 from .training.run import Callback
@@ -36,19 +36,29 @@ class Rung:
     cut:int=0            # Rows of a matrix that are unpacked at a time; 0: all
     room:int=None        # Bytes of the logits at a time; None: as `kernels.loss` has it
     slots:int=0          # Memories that matrices are unpacked into, as `slots_of` takes it
+    held:int=0           # The first so many layers keep their weights in four bits unpacked as well
+
+    @property
+    def whole(self)->bool: return all("gate_up" in s.keeps for s in self.saving) and not self.host
+    @property
+    def spare(self)->bool: return bool(self.held) or any("normed" in s.keeps for s in self.saving)
 
 def ladder(layers:int,     # Of the model
            tokens:int,     # In a forward pass
            host=False,     # Whether inputs may wait on the host
            embedding=False,# Whether the embedding may stay on the host
-           hidden=False    # Whether copies to the host take no time, see `copies_hide`
+           hidden=False,   # Whether copies to the host take no time, see `copies_hide`
+           packed=False    # Whether weights in four bits can be held unpacked as well
           )->list:         # `Rung`s, the fastest first
     "Ways to train a model, each with less memory than the one before and a little slower."
-    out,some = [Rung((Saving(),)*layers)],Saving("some")
+    highest,some = Saving("all"),Saving("some")
+    out = [Rung((highest,)*layers, held=layers*packed)]
     def go(above, below):
         out.extend([replace(out[-1], saving=(below,)*n + (above,)*(layers - n))
                     for n in range(1, layers + 1)])
-    if embedding: out.append(replace(out[0], host=True))
+    for above,below in ((highest, Saving("norms")), (Saving("norms"), Saving())): go(above, below)
+    out += [replace(out[-1], held=n) for n in reversed(range(out[-1].held))]
+    if embedding: out.append(replace(out[-1], host=True))
     wide = min(tokens, 4*PIECE)*(tokens > PIECE) # tokens of an MLP at once
     go(Saving(), replace(some, piece=wide))
     out.append(replace(out[-1], saving=(some,)*layers, slots=2, # from here on memory is short
@@ -115,7 +125,9 @@ def forward_bytes(peak:Peak)->int:
 def settle(self:MemoryPlan)->MemoryPlan:
     "Go to the first rung that fits; to the smallest if none does."
     most,rungs = torch.inf if self.budget is None else self.budget,range(len(self.rungs))
-    self.at = next((i for i in rungs if self.takes(i) <= most), None)
+    known = self.budget is not None # otherwise nothing is spent that saves little
+    self.at = next((i for i in rungs if self.takes(i) <= most and
+                    (known or not self.rungs[i].spare)), None)
     if self.at is None: self.at = min(rungs, key=self.takes)
     return self
 
@@ -138,10 +150,13 @@ def __repr__(self:MemoryPlan)->str:
                      + f" (MLPs of {s.piece} tokens)"*(0 < s.piece < self.peak.shape.tokens)
                      for s,n in counts.items())
     more = ["embedding on the host"]*r.host + [f"matrices unpacked by {r.cut} rows"]*bool(r.cut)
+    more += [f"weights of {r.held} layers stay unpacked"]*bool(r.held)
     of = "" if self.budget is None else f" of {gb(self.budget + CUDA)}"
     return f"{'; '.join([text, *more])}: predicted {gb(self.peak.needs)}{of} GB"
 
-_WHAT = dict(none="keeps everything", some="computes gate and up again",
+_WHAT = dict(all="keeps everything, and norms and the MLP's product too",
+             norms="keeps everything, and norms too", none="keeps everything",
+             some="computes gate and up again",
              more="keeps q, k, v and what attention gives",
              much="keeps what attention gives", most="keeps inputs only")
 
@@ -149,7 +164,7 @@ _WHAT = dict(none="keeps everything", some="computes gate and up again",
 def plan_memory(model:nn.Module, # Sped up
                 tokens:int,      # In a forward pass
                 budget:int=None, # Bytes that torch may take; None: all it likes
-                checkpointing=None, # True: start where little is kept; False: keep everything
+                checkpointing=None, # True: start where little is kept; False: keep all products
                 dtype=None,      # What is computed in; None: the type of the embedding
                 **facts          # As for `step_shape`: optimizer, learned, accumulate, early
                )->MemoryPlan:
@@ -157,17 +172,28 @@ def plan_memory(model:nn.Module, # Sped up
     base = step_shape(model, tokens, dtype, **facts)
     fast = find_decoder(model).__dict__["_fast"]
     dtype = dtype or fast.dtype or model.get_input_embeddings().weight.dtype
-    projections = [p for part in fast.parts for p in part.projections]
+    parts,projections = fast.parts,[p for part in fast.parts for p in part.projections]
     table = model.get_input_embeddings()
     free = _may_move(model)*table.weight.nbytes*(not isinstance(table, HostEmbedding))
+    now = copied_bytes([p for p in projections if p.views], dtype) # of an earlier plan
     def shapes(r):
-        return replace(base, weights=base.weights - free*r.host, room=base.room or r.room,
-                       scratch=unpacked_bytes(projections, dtype, r.cut, r.slots))
+        held = [p for part in parts[:r.held] for p in part.projections if p.packed]
+        return replace(base, room=base.room or r.room,
+                       weights=base.weights - now - free*r.host + copied_bytes(held, dtype),
+                       scratch=unpacked_bytes([p for p in projections if p not in held], dtype,
+                                              r.cut, r.slots))
     on_gpu = table.weight.device.type != "cpu" or isinstance(table, HostEmbedding)
     rungs = ladder(len(fast.parts), tokens, on_gpu, on_gpu and _may_move(model),
-                   on_gpu and copies_hide(fast, tokens, dtype))
+                   on_gpu and copies_hide(fast, tokens, dtype), _may_unpack(fast))
     if checkpointing: rungs = _frugal(rungs, tokens)
-    return MemoryPlan(rungs[:1] if checkpointing is False else rungs, shapes, budget).settle()
+    if checkpointing is False: rungs = [r for r in rungs if r.whole]
+    return MemoryPlan(rungs, shapes, budget).settle()
+
+def _may_unpack(fast):
+    "Whether there are weights in four bits, and memory of a GPU that can hold them unpacked."
+    device = fast.inner.norm.weight.device.type
+    may = device == "meta" or (device == "cuda" and fast.hold)
+    return may and any(p.packed for p in fast.all())
 
 def _frugal(rungs, tokens):
     "Those on which every layer keeps little on the GPU; with few tokens, little else is there."
@@ -255,6 +281,7 @@ def apply_plan(model,          # Sped up
     r = plan.rung if plan else Rung((Saving(),)*len(find_decoder(model).__dict__["_fast"].parts))
     fast = find_decoder(model).__dict__["_fast"]
     set_saving(model, list(r.saving))
+    fast.cache(r.held)
     every = [p for part in fast.parts for p in part.projections]
     for p,slot in zip(every, slots_of(every, r.cut, r.slots)): p.piece,p.slot = r.cut or None,slot
     SCRATCH.forget() # matrices of other sizes
