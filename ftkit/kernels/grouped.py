@@ -450,6 +450,6 @@ def both(dy:Tensor,        # [T, N], rows contiguous
                                     row_stride(b), row_stride(x), PREC=dot_precision(dy), **how)
         _both_sums_kernel[spans*blocks + everything*(how["N"]//height),](
             sums, grads, table, out, into, T, N, R, chunks, everything, spans, blocks,
-            row_stride(out), row_stride(into), RANK=rank, WIDE=wide, ROWS=height, PIECES=how["N"]//height, ADD=add,
-            STEP=32, BLOCK=256, num_warps=4)
+            row_stride(out), row_stride(into), RANK=rank, WIDE=wide, ROWS=height, ADD=add,
+            PIECES=how["N"]//height, STEP=32, BLOCK=256, num_warps=4)
     return out, into
