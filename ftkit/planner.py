@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['MANY', 'LATER', 'Rung', 'ladder', 'MemoryPlan', 'forward_bytes', 'plan_memory', 'copies_hide', 'plan_ahead',
-           'whole_bytes', 'free_memory', 'cap_memory', 'apply_plan', 'put_on_host', 'back_on_device', 'again', 'sweep',
-           'FitMemory', 'most_tokens']
+           'whole_bytes', 'free_memory', 'cap_memory', 'memory_capped', 'apply_plan', 'put_on_host', 'back_on_device',
+           'again', 'sweep', 'FitMemory', 'most_tokens']
 
 # %% ../nbs/84_planner.ipynb #56ed5601
 import gc, re
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 import torch
@@ -104,6 +104,11 @@ class MemoryPlan:
         peak = self.peak_at(i)
         return peak.bytes + peak.idle + (forward_bytes(peak) if self.standing else 0)
 
+    def passing(self, i:int)->int: # Bytes, but for the weights that no rung moves
+        "What a pass without gradients takes on a rung."
+        here,last = self.peak_at(i),self.peak_at(len(self.rungs) - 1).shape
+        return here.shape.weights - last.weights + here.shape.scratch + forward_bytes(here)
+
 # %% ../nbs/84_planner.ipynb #cbbe86c2
 def forward_bytes(peak:Peak)->int:
     "What a pass without gradients takes beside the weights."
@@ -120,10 +125,13 @@ def settle(self:MemoryPlan)->MemoryPlan:
     return self
 
 @patch
-def lower(self:MemoryPlan)->bool: # False at the end of the ladder
+def lower(self:MemoryPlan,
+          takes=None # Function: rung → bytes; None: `takes`
+         )->bool:    # False at the end of the ladder
     "Go to the next rung that takes noticeably less."
-    now = self.takes(self.at)
-    below = [i for i in range(self.at + 1, len(self.rungs)) if self.takes(i) < 0.98*now]
+    takes = takes or self.takes
+    now = takes(self.at)
+    below = [i for i in range(self.at + 1, len(self.rungs)) if takes(i) < 0.98*now]
     if below: self.at = below[0]
     return bool(below)
 
@@ -247,23 +255,41 @@ def cap_memory(limit,        # "8GB", "7.45GiB"
     torch.cuda.set_per_process_memory_fraction(min(1., (n - CUDA)/total), device)
     return n
 
+@contextmanager
+def memory_capped(limit, device="cuda"): # As for `cap_memory`; a limit of None changes nothing
+    "Within it a limit holds; afterwards the one before. Gives its bytes, or None."
+    on_gpu,allowed = limit is not None and torch.device(device).type == "cuda",1.
+    if on_gpu and hasattr(torch.cuda, "get_per_process_memory_fraction"): # not in old PyTorch
+        allowed = torch.cuda.get_per_process_memory_fraction(device)
+    try: yield None if limit is None else cap_memory(limit, device)
+    finally:
+        if on_gpu: torch.cuda.set_per_process_memory_fraction(allowed, device)
+
 # %% ../nbs/84_planner.ipynb #ff149c02
 def apply_plan(model,          # Sped up
                plan:MemoryPlan # Or None, for the model as it was
               )->None:
     "Let a model be trained as a plan says."
-    r = plan.rung if plan else Rung((Saving(),)*len(find_decoder(model).__dict__["_fast"].parts))
-    fast = find_decoder(model).__dict__["_fast"]
-    set_saving(model, list(r.saving))
-    every = [p for part in fast.parts for p in part.projections]
-    for p,slot in zip(every, slots_of(every, r.cut, r.slots)): p.piece,p.slot = r.cut or None,slot
-    SCRATCH.forget() # matrices of other sizes
-    fast.away = None # and pinned memory that nobody may need
+    fast = _fast(model) # None if it has been slowed down since
+    r = plan.rung if plan else Rung((Saving(),)*len(fast.parts if fast else ()))
+    if fast:
+        set_saving(model, list(r.saving))
+        every = [p for part in fast.parts for p in part.projections]
+        for p,slot in zip(every, slots_of(every, r.cut, r.slots)):
+            p.piece,p.slot = r.cut or None,slot
+        fast.away = None # pinned memory that nobody may need
+    SCRATCH.forget() # and matrices of other sizes
     loss_of.ROOM = r.room or _ROOM
     if r.host: put_on_host(model)
     elif not plan: back_on_device(model)
 
 _ROOM = loss_of.ROOM
+
+def _fast(model):
+    "What makes a model fast, if its layers are."
+    inner = find_decoder(model)
+    fast = inner.__dict__.get("_fast") if inner is not None else None
+    return fast if fast is not None and fast.parts else None
 
 # %% ../nbs/84_planner.ipynb #f7a8aa98
 def put_on_host(model)->None:
@@ -274,23 +300,43 @@ def put_on_host(model)->None:
     old.weight.data = new.weight
     new.__dict__["before"] = old,device # past nn.Module, which would register it
 
-def back_on_device(model)->None:
-    "Undo `put_on_host`."
+def back_on_device(model)->bool: # Whether it is there
+    "Undo `put_on_host`, if there is memory for it."
     now = model.get_input_embeddings()
-    if "before" not in now.__dict__: return
+    if "before" not in now.__dict__: return not isinstance(now, HostEmbedding)
     old,device = now.__dict__["before"]
-    old.weight.data = now.weight.to(device)
+    try: there = now.weight.to(device)
+    except RuntimeError as e:
+        if not _full(e): raise
+        if not now.__dict__.get("told"): say(_STAYS)
+        now.__dict__["told"] = True
+        return False
+    old.weight.data = there
     model.set_input_embeddings(old)
+    return True
+
+_STAYS = ("ftkit: the GPU has no room for the embedding, which stays on the host; the model "
+          "computes the same with it")
+
+def _full(e): # A RuntimeError of PyTorch, or of a library that allocates by itself
+    "What an error says if it is about memory, or None."
+    if not isinstance(e, torch.OutOfMemoryError) and not _FULL.search(str(e)): return None
+    return str(e).partition(". ")[0].partition("\n")[0] or "out of memory"
+
+_FULL = re.compile("CUDA.*out of memory|STATUS_ALLOC_FAILED")
 
 # %% ../nbs/84_planner.ipynb #3310ce39
 def again(trainer,
-          take,     # The trainer's `take_step`
+          take,      # The trainer's `take_step`, or its `evaluate`
           make_room, # Function: is memory won?
-          ready     # What it takes
-         )->None:
+          *given,    # What it takes
+          where=None # What it is, for errors; None: the step that comes
+         ):          # What it returns
     "Take a step; where memory runs out undo it, make room, and take it again."
     before = rng_state()
-    while (why := _out_of_memory(take, ready)):
+    while True:
+        out,why = _tried(take, given)
+        if why is None: return out
         no = _not_again(trainer)
         if not no:
             trainer.optimizer.zero_grad()
@@ -298,24 +344,22 @@ def again(trainer,
             sweep()
             if make_room(): continue
             no = "nothing is left to save"
-        raise FtkitError(f"memory ran out, and {no} ({why})", where=f"step {trainer.step + 1}",
-                         fix=_SMALLER)
+        raise FtkitError(f"memory ran out, and {no} ({why})",
+                         where=where or f"step {trainer.step + 1}", fix=_SMALLER)
 
 _SMALLER = ("Lower train.batch_size (and raise train.accumulate) or data.max_length, take "
             "optim.optimizer=adamw_8bit, or a recipe with _qlora_ in its name")
 
-def _out_of_memory(take, ready):
-    "What the allocator said, or None; with the error go all tensors of the step."
-    try: take(ready)
-    except RuntimeError as e: # of PyTorch, or of a library that allocates by itself
-        if not isinstance(e, torch.OutOfMemoryError) and not _FULL.search(str(e)): raise
-        return str(e).partition(". ")[0].partition("\n")[0] or "out of memory"
-
-_FULL = re.compile("CUDA.*out of memory|STATUS_ALLOC_FAILED")
+def _tried(take, given):
+    "What it returned, and what the allocator said, if it did; with the error go all tensors."
+    try: return take(*given),None
+    except RuntimeError as e:
+        if not (why := _full(e)): raise
+        return None,why
 
 def _not_again(trainer):
     if trainer.updating: return "some weights have been updated already: it can't be undone"
-    if trainer.world > 1: return "other processes are in the middle of the same step"
+    if trainer.world > 1: return "other processes are in the middle of the same"
 
 def sweep()->None:
     "Give all memory back that nobody uses."
@@ -332,13 +376,18 @@ class FitMemory(Callback):
 
     def before_fit(self, trainer):
         model,cfg = trainer.model,trainer.cfg
-        self.undo = ExitStack()
-        if cfg.gpu_memory: self.limit = cap_memory(cfg.gpu_memory, trainer.device)
-        room = partial(self.make_room, trainer)
-        trainer.take_step = partial(again, trainer, trainer.take_step, room)
-        self.undo.callback(trainer.__dict__.pop, "take_step")
+        self.undo,self.plan = ExitStack(),None
+        self.undo.callback(self._as_before, trainer) # last of all, when no limit holds any more
+        self.limit = self.undo.enter_context(memory_capped(cfg.gpu_memory, trainer.device))
+        self._wrap(trainer, "take_step", "the step")
+        self._wrap(trainer, "evaluate", "the evaluation", where="evaluation")
         if _fast(model): self._plan(trainer)
         elif cfg.gradient_checkpointing is None and trainer.world > 1: self._twice(model)
+
+    def _wrap(self, trainer, name, what, **where):
+        room = partial(self.make_room, trainer, what)
+        setattr(trainer, name, partial(again, trainer, getattr(trainer, name), room, **where))
+        self.undo.callback(trainer.__dict__.pop, name)
 
     def _plan(self, trainer):
         "Choose a rung and go there."
@@ -353,8 +402,7 @@ class FitMemory(Callback):
         self.plan.standing = bool(trainer.eval_rows) and any(
             c.may_record(trainer) for c in trainer.callbacks if hasattr(c, "may_record"))
         self.plan.settle()
-        self.undo.callback(set_saving, model, _fast(model).saving)
-        self.undo.callback(apply_plan, model, None)
+        self.saving = _fast(model).saving
         self.go(model)
 
     def go(self, model):
@@ -366,15 +414,26 @@ class FitMemory(Callback):
     def on_stop(self, trainer):
         if self.undo: self.undo.close()
 
+    def _as_before(self, trainer):
+        "Take the plan back, when all is free that the run has held."
+        if not self.plan: return
+        trainer.optimizer.zero_grad()
+        for c in trainer.callbacks:
+            if hasattr(c, "forget"): c.forget()
+        sweep()
+        apply_plan(trainer.model, None)
+        if _fast(trainer.model): set_saving(trainer.model, self.saving)
+
 # %% ../nbs/84_planner.ipynb #ab443f1f
 @patch
-def make_room(self:FitMemory, trainer)->bool:
+def make_room(self:FitMemory, trainer, what:str="the step")->bool:
     "Go down where it is possible."
     cfg = trainer.cfg
     if any([c.give_back() for c in trainer.callbacks if hasattr(c, "give_back")]): return True
     if self.plan and _fast(trainer.model): # it is not any more if somebody hooks into layers
-        if not self.plan.lower(): return False
-        say("ftkit: memory ran out; the step is taken again with less of it")
+        passing = self.plan.passing if what == "the evaluation" else self.plan.takes
+        if not (self.plan.lower(passing) or self.plan.lower()): return False
+        say(f"ftkit: memory ran out; {what} is taken again with less of it")
         self.go(trainer.model)
         return True
     if cfg.gradient_checkpointing is not None or _fast(trainer.model): return False
@@ -398,12 +457,6 @@ def before_step(self:FitMemory, trainer):
     self.parts = fast.parts
 
 # %% ../nbs/84_planner.ipynb #34b330d8
-def _fast(model):
-    "What makes a model fast, if its layers are."
-    inner = find_decoder(model)
-    fast = inner.__dict__.get("_fast") if inner is not None else None
-    return fast if fast is not None and fast.parts else None
-
 def _checkpointing_off(model):
     for name in ("activation_checkpointing", "gradient_checkpointing"):
         if hasattr(model, f"{name}_disable"): return getattr(model, f"{name}_disable")()

@@ -258,10 +258,9 @@ def _model_to_train(r, tokenizer):
     return quantize_model(model, 4, compute_dtype=model.dtype) if whole else model
 
 # %% ../nbs/91_recipes.ipynb #14c5c325
-def _limit_memory(r):
-    "Hold the process to `train.gpu_memory`."
-    device = ft.pick_device(r.model.device)
-    if r.train.gpu_memory: ft.cap_memory(r.train.gpu_memory, device)
+def _limited(r):
+    "A context that holds the process to `train.gpu_memory`, as the trainer will later."
+    return ft.planner.memory_capped(r.train.gpu_memory, ft.pick_device(r.model.device))
 
 def _choose_path(r, model):
     "Train the layers by hand where that is faster."
@@ -272,6 +271,7 @@ def _choose_path(r, model):
                             fix="Leave it at auto")
     if eight or r.train.fast and model.device.type == "cuda":
         speed_up(model, compute=r.train.compute)
+    return model
 
 # %% ../nbs/91_recipes.ipynb #a5f8479a
 def _work_dir(r, what, work_dir, resume):
@@ -335,9 +335,7 @@ def train(what,            # Name, file or `Recipe`
     if r.lora: ft.token_ids(tokenizer, r.lora.tokens) # before any text is encoded
     data = ft.load_data(r.data, tokenizer)
     ft.seed_everything(r.train.seed)
-    _limit_memory(r)
-    model = _model_to_train(r, tokenizer)
-    _choose_path(r, model)
+    with _limited(r): model = _choose_path(r, _model_to_train(r, tokenizer))
     _introduce(r, data, model, work_dir)
     trainer = ft.Trainer(model, getattr(ft, OBJECTIVES[r.objective])(), data.rows, r.train, r.optim,
         collate=_collate(r, tokenizer, model.device), eval_rows=data.eval and data.eval.rows,
