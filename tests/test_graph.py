@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import LlamaConfig, LlamaForCausalLM
 
+import ftkit.graph as graph
 from ftkit.core import FtkitError
 from ftkit.data.packing import Row, collate
 from ftkit.fast import find_decoder, set_saving, speed_up
@@ -226,7 +227,8 @@ def test_a_recording_that_is_wrong_is_found_out(capsys):
     assert graphs.off and "are right" in capsys.readouterr().err
 
 
-def test_a_recording_that_is_no_faster_goes():
+def test_a_recording_that_is_no_faster_goes(monkeypatch):
+    monkeypatch.setattr(graph, "PAYS", 0.)
     class Slow(Again):
         timed = True
         def replay(self):
@@ -237,7 +239,8 @@ def test_a_recording_that_is_no_faster_goes():
     assert graphs.used == 2 and not graphs.off  # to compare, and for the clock
 
 
-def test_recordings_go_first_when_memory_runs_out(capsys):
+def test_recordings_go_first_when_memory_runs_out(capsys, monkeypatch):
+    monkeypatch.setattr(graph, "PAYS", 0.)  # however busy a GPU is
     class Large(Again):
         bytes = 100
     class Short(Callback):
