@@ -281,7 +281,8 @@ def let_go(self:Fast):
     self.parts,self.held,self.edges,self.waits = [],None,None,True
 
 # %% ../nbs/75_fast.ipynb #fd16d16f
-KNOWN_ATTENTION = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
+KNOWN_ATTENTION = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention",
+                   "ftkit")
 
 @patch
 def odd(self:Fast, kw):
