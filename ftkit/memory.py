@@ -5,10 +5,9 @@
 # %% auto #0
 __all__ = ['CUDA', 'IDLE', 'MOVING', 'OPTIMIZERS', 'quantized_bytes', 'prepared', 'trained_tensors', 'state_bytes', 'resident',
            'logits_bytes', 'half_copies', 'decoder_layers', 'working_space', 'gradient_bytes', 'moments', 'Ledger',
-           'predict_memory', 'check_setting', 'gpu_bytes', 'advice', 'recipe_setting']
+           'predict_memory', 'check_setting', 'advice', 'recipe_setting']
 
 # %% ../nbs/80_memory.ipynb #ea4b6bc3
-import re
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from html import escape
@@ -24,6 +23,7 @@ from .models.shapes import empty_model
 from .options import change
 from .quant.linear import Frozen, quantize_model
 from .quant.qtensor import empty_qtensor
+from .training.plan import memory_bytes
 
 # %% ../nbs/80_memory.ipynb #2107195b
 def quantized_bytes(shape:tuple,           # Of a weight, or of a stack of experts
@@ -235,7 +235,7 @@ def predict_memory(model="nano",   # Known shape, folder, name on the hub, conte
     s = check_setting(change(s, **changes))
     if not isinstance(model, nn.Module): name,model = name or str(model),empty_model(model)
     return Ledger(name or model.config.model_type, s, moments(model, s), model,
-                  gpu and gpu_bytes(gpu))
+                  gpu and memory_bytes(gpu, "--gpu"))
 
 # %% ../nbs/80_memory.ipynb #85adf8fb
 def check_setting(s:MemorySetting)->MemorySetting:
@@ -255,14 +255,6 @@ def check_setting(s:MemorySetting)->MemorySetting:
 
 OPTIMIZERS = ("adamw", "adamw_16bit", "adamw_8bit", "paged_adamw", "paged_adamw_8bit",
               "bnb_adamw_8bit", "bnb_paged_adamw", "bnb_paged_adamw_8bit", "adafactor")
-
-# %% ../nbs/80_memory.ipynb #b861a29d
-def gpu_bytes(text)->int:
-    "The bytes of a GPU whose memory is given as on its box: 8GB, 24 or 0.5GB; 512MB."
-    if isinstance(text, (int, float)) and text > 1e6: return int(text)
-    m = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([gm]i?b?)?\s*", str(text).lower())
-    if m and float(m[1]): return int(float(m[1])*2**(20 if (m[2] or "g")[0] == "m" else 30))
-    raise FtkitError(f"expected the memory of a GPU, such as 24GB, found {text!r}", where="--gpu")
 
 # %% ../nbs/80_memory.ipynb #fc9b6780
 def _unit(n): return (1e9, "GB") if n >= 1e9 else (1e6, "MB")

@@ -129,8 +129,7 @@ def lower(self:MemoryPlan,
           takes=None # Function: rung → bytes; None: `takes`
          )->bool:    # False at the end of the ladder
     "Go to the next rung that takes noticeably less."
-    takes = takes or self.takes
-    now = takes(self.at)
+    takes = takes or self.takes; now = takes(self.at)
     below = [i for i in range(self.at + 1, len(self.rungs)) if takes(i) < 0.98*now]
     if below: self.at = below[0]
     return bool(below)
@@ -139,7 +138,7 @@ def lower(self:MemoryPlan,
 @patch
 def __repr__(self:MemoryPlan)->str:
     "The plan in a line."
-    r,layers,gb = self.rung,len(self.rung.saving),lambda n: f"{n/1e9:.2f}"
+    r,layers,gb = self.rung,len(self.rung.saving),lambda n: f"{n/2**30:.2f}"
     counts = {s: r.saving.count(s) for s in dict.fromkeys(reversed(r.saving))}
     text = "; ".join(f"{_WHAT[s.level]} in {n if n < layers else 'all'} layer{'s'*(n > 1)}"
                      + " (on the host)"*s.host
@@ -147,7 +146,7 @@ def __repr__(self:MemoryPlan)->str:
                      for s,n in counts.items())
     more = ["embedding on the host"]*r.host + [f"matrices unpacked by {r.cut} rows"]*bool(r.cut)
     of = "" if self.budget is None else f" of {gb(self.budget + CUDA)}"
-    return f"{'; '.join([text, *more])}: predicted {gb(self.peak.needs)}{of} GB"
+    return f"{'; '.join([text, *more])}: predicted {gb(self.peak.needs)}{of} GiB"
 
 _WHAT = dict(none="keeps everything", some="computes gate and up again",
              more="keeps q, k, v and what attention gives",
@@ -274,8 +273,7 @@ def apply_plan(model,          # Sped up
     r = plan.rung if plan else Rung((Saving(),)*len(fast.parts if fast else ()))
     if fast:
         set_saving(model, list(r.saving))
-        every = [p for part in fast.parts for p in part.projections]
-        for p,slot in zip(every, slots_of(every, r.cut, r.slots)):
+        for p,slot in zip(fast.all(), slots_of(fast.all(), r.cut, r.slots)):
             p.piece,p.slot = r.cut or None,slot
         fast.away = None # pinned memory that nobody may need
     SCRATCH.forget() # and matrices of other sizes
@@ -385,8 +383,8 @@ class FitMemory(Callback):
         elif cfg.gradient_checkpointing is None and trainer.world > 1: self._twice(model)
 
     def _wrap(self, trainer, name, what, **where):
-        room = partial(self.make_room, trainer, what)
-        setattr(trainer, name, partial(again, trainer, getattr(trainer, name), room, **where))
+        how = getattr(trainer, name),partial(self.make_room, trainer, what)
+        setattr(trainer, name, partial(again, trainer, *how, **where))
         self.undo.callback(trainer.__dict__.pop, name)
 
     def _plan(self, trainer):
@@ -418,8 +416,7 @@ class FitMemory(Callback):
         "Take the plan back, when all is free that the run has held."
         if not self.plan: return
         trainer.optimizer.zero_grad()
-        for c in trainer.callbacks:
-            if hasattr(c, "forget"): c.forget()
+        for forget in [c.forget for c in trainer.callbacks if hasattr(c, "forget")]: forget()
         sweep()
         apply_plan(trainer.model, None)
         if _fast(trainer.model): set_saving(trainer.model, self.saving)

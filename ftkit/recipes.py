@@ -222,9 +222,10 @@ def _too_large(r):
     if r.optim.optimizer not in _ROUND: return False
     from torch import cuda
     from ftkit.models.shapes import empty_model
+    from ftkit.planner import whole_bytes
     room = memory_bytes(limit) if limit else cuda.get_device_properties(device).total_memory
     model = empty_model(ft.resolve(r.model.path))
-    n = ft.planner.whole_bytes(model, r.optim.optimizer, r.train.step_in_backward)
+    n = whole_bytes(model, r.optim.optimizer, r.train.step_in_backward)
     if n < 0.9*room: return False # the rest is for activations
     ft.core.say("ftkit: weights in float32, their gradients and averages would take "
                 f"{n/1e9:.0f} of {room/1e9:.0f} GB: they are in bfloat16, rounded at random")
@@ -260,7 +261,8 @@ def _model_to_train(r, tokenizer):
 # %% ../nbs/91_recipes.ipynb #14c5c325
 def _limited(r):
     "A context that holds the process to `train.gpu_memory`, as the trainer will later."
-    return ft.planner.memory_capped(r.train.gpu_memory, ft.pick_device(r.model.device))
+    from ftkit.planner import memory_capped
+    return memory_capped(r.train.gpu_memory, ft.pick_device(r.model.device))
 
 def _choose_path(r, model):
     "Train the layers by hand where that is faster."

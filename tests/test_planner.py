@@ -344,7 +344,7 @@ def test_what_the_option_asks_for(checkpointing, level):
 
 def test_a_limit_is_said(capfd):
     lora_trainer(max_steps=1, gpu_memory="8GB").fit()
-    assert "of 8.00 GB" in capfd.readouterr().err
+    assert "of 8.00 GiB" in capfd.readouterr().err
     assert most_tokens(lora_trainer()) == 2*max(len(r.ids) for r in tiny_rows())
 
 
