@@ -193,13 +193,16 @@ def test_rows_come_in_the_agreed_order():
 
 def test_samples_are_the_same_for_all():
     peers = tool("peers")
-    a = SimpleNamespace(parity=None, warmup=1, steps=2, seq=64, batch=4, packed=True, mask=0.25)
+    a = SimpleNamespace(parity=None, warmup=1, steps=2, seq=64, batch=4, packed=16, mask=0.25, profile=0)
     first,second = (list(peers.samples(a, 100)) for _ in range(2))
     assert len(first) == 3 and all((x == y).all() and m == n for s,t in zip(first, second) for (x, m),(y, n) in zip(s, t))
     for step,rows in zip(first, peers.as_rows(a, first)):
         assert 248 <= sum(len(ids) for ids,_ in step) <= 256 and sum(map(len, rows)) == sum(len(ids) for ids,_ in step)
         assert all(len(r) <= 64 for r in rows)
     batch = peers.padded(first[0], "cpu")
+    row = peers.side_by_side(first[0], "cpu")
+    ends = row["packed_seq_lengths"].cumsum(0)[:-1]
+    assert (row["labels"][0,ends] == -100).all() and (row["position_ids"][0,ends] == 0).all()
     assert batch["attention_mask"].sum() == sum(len(ids) for ids,_ in first[0])
 
 
@@ -214,13 +217,20 @@ def test_what_the_comparison_says(capsys):
     assert found["ratio"] == 1.2 and found["memory_ratio"] == 0.5 and found["parity"]["good"]
     assert found["failed"] == {"liger": "no such module"}
     assert not speed.summary([*results, run("ftkit", 1, 1, **far)], speed.ROWS)["lora"]["parity"]["good"]
+    more = speed.summary([*results, run("ftkit", 150, 1) | dict(row="fp8")], speed.ROWS)["fp8"] # beside the peers of lora
+    assert more["ratio"] == 1.5 and more["parity"] is None
+    again = speed.summary([*results, run("ftkit", 1, 1, **near) | dict(row="lora_gc")], speed.ROWS)["lora_gc"]
+    assert again["parity"]["good"] # what hf did in lora holds for all that is recomputed
     speed.show(speed.summary(results, speed.ROWS))
     out = capsys.readouterr().out
     assert "good (loss 0.00%, norm 0.00%)" in out and "liger: no such module" in out
     args = SimpleNamespace(table=speed.ROWS, rows=["lora", "planner"], peers=["unsloth", "ftkit"], rounds=2, parity=None,
-                           home=Path("h"), steps=6, device="cuda")
-    assert list(speed.turns(args)) == [("lora", "unsloth"), ("lora", "ftkit"), ("planner", "unsloth"), ("planner", "ftkit"),
-                                       ("lora", "ftkit"), ("lora", "unsloth"), ("planner", "ftkit"), ("planner", "unsloth")]
+                           home=Path("h"), steps=6, device="cuda", profile=0)
+    assert list(speed.turns(args)) == [("lora", "unsloth"), ("lora", "ftkit"), ("planner", "ftkit"),
+                                       ("lora", "ftkit"), ("lora", "unsloth"), ("planner", "ftkit")]
+    args.parity,args.peers,args.rows = 20,["hf", "ftkit"],["lora", "lora_gc", "fp8"]
+    assert list(speed.turns(args))[:5] == [("lora", "hf"), ("lora", "ftkit"), ("lora_gc", "ftkit"), ("fp8", "hf"), ("fp8", "ftkit")]
+    args.parity = None
     words = speed.command("planner", "ftkit", args)
     assert words[words.index("--gc") + 1] == "auto" and "--parity" not in words
     assert speed.command("packed", "hf", args).count("--packed") == 1

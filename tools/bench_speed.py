@@ -5,49 +5,55 @@
     python tools/bench_speed.py --home DIR --report --log all.jsonl   the table, nothing is run
     python tools/bench_speed.py --home DIR --tiny                     a smoke test on a CPU
 
-Each result is that of a process of its own. Checkpoints of random weights are made in the home
-folder when a row first needs them. Other programs may lie in a folder of their own (--site), which
-ftkit does not see. A ratio counts only between results of one run on one card, and against the best
-that any other program reached; parity is held against hf on the same weights: the loss within 0.5 %
-and the gradient norm within 2 % at each of 20 steps (8 bits: the loss at the end of 200 steps).
+Each result is that of a process of its own; the next ones import meanwhile what they need, and wait
+for their turn. Checkpoints of random weights are made in the home folder first. Other programs may
+lie in a folder of their own (--site), which ftkit does not see. A ratio counts only between results
+of one run on one card, and against the best that any other program reached; parity is held against hf on the same weights: the loss within 0.5 %
+and the gradient norm within 2 % at each of 20 steps (8 bits: the loss at the end of 200 steps of
+one row).
 """
 import argparse, json, math, os, subprocess, sys, time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 HERE = Path(__file__).resolve().parent
-LLAMA3, LLAMA2 = "llama3-8b", "llama2-7b"
+LLAMA3, LLAMA2, QWEN = "llama3-8b", "llama2-7b", "qwen2.5-7b"
 PEERS = "hf", "liger", "unsloth", "ftkit"
 
 
-def row(mode, gc, shape=LLAMA3, peers=PEERS, ours=None, **more):
-    "What a row is: settings for all; others for ftkit in `ours`."
-    return dict(shape=shape, peers=peers, ours=ours or {}, how=dict(mode=mode, gc=gc, **more))
+def row(mode, gc, shape=LLAMA3, peers=("unsloth", "ftkit"), ours=None, like=None, **more):
+    """What a row is: settings for all; others for ftkit in `ours`. With `like` the other programs'
+    results are those of another row."""
+    how = dict(mode=mode, gc=gc, **more)
+    return dict(shape=shape, peers=peers, ours=ours or {}, like=like, how=how)
 
 
-ONE = dict(batch=1, opt="paged8")
+OURS, ONE = ("ftkit",), dict(batch=1, opt="paged8")
 ROWS = {
-    "lora": row("lora", "0"),
-    "lora_gc": row("lora", "1"),
-    "qlora": row("qlora", "0", peers=("unsloth", "ftkit")),
-    "qlora_gc": row("qlora", "1"),
-    "planner": row("qlora", "1", peers=("unsloth", "ftkit"), ours=dict(gc="auto")),
-    "fp8": row("lora", "0", peers=("unsloth", "ftkit"), ours=dict(mode="fp8")),
-    "long": row("qlora", "1", peers=("unsloth", "ftkit"), batch=2, seq=8192),
-    "lora_r64": row("lora", "0", peers=("unsloth", "ftkit"), r=64),
-    "full": row("full", "1", LLAMA3, ("liger", "ftkit"), dict(gc="auto", opt="adamw16")),
-    "full_48": row("full", "1", LLAMA3, ("liger", "ftkit"),
-                   dict(gc="auto", cap=48, opt="adamw8", early=True)),
-    "paged_7b": row("qlora", "1", LLAMA2, **ONE),
-    "paged_8b": row("qlora", "1", peers=("unsloth", "ftkit"), **ONE),
-    "low_7b": row("qlora", "1", LLAMA2, ("unsloth", "ftkit"), dict(gc="auto", cap=4.6), **ONE),
-    "low_8b": row("qlora", "1", LLAMA3, ("unsloth", "ftkit"), dict(gc="auto", cap=5.6), **ONE),
-    "packed": row("qlora", "1", peers=("hf", "unsloth", "ftkit"), packed=True),
-    "qwen7b": row("lora", "0", "qwen2.5-7b"),
-    "small": row("lora", "0", "qwen2.5-0.5b", batch=1),
-    "big": row("qlora", "1", "llama3-70b-nf4", ("unsloth", "ftkit"), batch=1)}
+    "lora": row("lora", "0", peers=PEERS, ours=dict(cap=46)),
+    "lora_gc": row("lora", "1", peers=PEERS),
+    "qlora": row("qlora", "0", ours=dict(gc="auto", cap=36)),
+    "qlora_gc": row("qlora", "1", peers=PEERS),
+    "planner": row("qlora", "1", peers=OURS, like="qlora_gc", ours=dict(gc="auto")),
+    "fp8": row("lora", "0", peers=OURS, like="lora", ours=dict(mode="fp8")),
+    "long": row("qlora", "1", batch=2, seq=8192),
+    "lora_r64": row("lora", "0", r=64, ours=dict(cap=47.5)),
+    "full": row("full", "1", peers=("liger", "ftkit"), ours=dict(gc="auto", opt="adamw16")),
+    "full_48": row("full", "1", peers=OURS, like="full",
+                   ours=dict(gc="auto", cap=48, opt="adamw8", early=True)),
+    "paged_7b": row("qlora", "1", LLAMA2, PEERS, **ONE),
+    "paged_8b": row("qlora", "1", **ONE),
+    "low_7b": row("qlora", "1", LLAMA2, OURS, dict(gc="auto", cap=4.65), "paged_7b", **ONE),
+    "low_8b": row("qlora", "1", LLAMA3, OURS, dict(gc="auto", cap=5.65), "paged_8b", **ONE),
+    "packed": row("qlora", "1", peers=("hf", "unsloth", "ftkit"), batch=1, seq=8192, packed=600,
+                  mask=0.5),
+    "qwen7b": row("lora", "0", QWEN, PEERS, dict(cap=46)),
+    "qwen7b_gc": row("qlora", "1", QWEN),
+    "small": row("lora", "0", "qwen2.5-0.5b", PEERS, batch=1),
+    "big": row("qlora", "1", "llama3-70b-nf4", batch=1)}
 TINY = {"lora": row("lora", "0", "tiny", ("hf", "ftkit"), batch=2, seq=32),
-        "packed": row("lora", "0", "tiny", ("hf", "ftkit"), batch=2, seq=64, packed=True)}
+        "packed": row("lora", "0", "tiny", ("hf", "ftkit"), batch=2, seq=64, packed=16)}
 
 
 def command(name, peer, args):
@@ -55,10 +61,12 @@ def command(name, peer, args):
     r = args.table[name]
     how = {**r["how"], **(dict(r["ours"], profile=args.profile) if peer == "ftkit" else {})}
     if args.parity: how |= dict(parity=args.parity)
-    if args.parity and r["ours"].get("mode") == "fp8": how |= dict(parity=max(200, args.parity))
+    if args.parity and _eight(r): how |= dict(parity=max(200, args.parity), batch=1)
     words = [sys.executable, str(HERE/"peers.py"), "--peer", peer]
     words += ["--ckpt", str(args.home/r["shape"])]
-    for k, v in {**how, "steps": args.steps, "device": args.device}.items():
+    turn = args.home/f"turn-{os.environ.get('CUDA_VISIBLE_DEVICES', args.device)}"
+    how |= dict(steps=args.steps, device=args.device, turn=turn)
+    for k, v in how.items():
         if v is not False: words += [f"--{k}", *([] if v is True else [str(v)])]
     return words
 
@@ -70,13 +78,13 @@ def environment(peer, site):
     return dict(os.environ, PYTHONPATH=path)
 
 
+def _eight(r): return r["ours"].get("mode") == "fp8"
+
+
 def run_one(name, peer, args):
     "The result of a peer in a row, or why there is none."
-    from make_checkpoint import make
     begin = time.time()
     try:
-        shape = args.table[name]["shape"]
-        make(args.home/shape, shape, device=args.device)
         done = subprocess.run(command(name, peer, args), capture_output=True, text=True,
                               timeout=args.timeout, env=environment(peer, args.site))
         if args.profile: sys.stderr.write(done.stderr)
@@ -98,13 +106,24 @@ def turns(args):
     "(row, peer), round by round, beginning with another peer in each; parity is held against hf."
     for i in range(args.rounds):
         for name in args.rows:
-            peers = ("hf", "ftkit") if args.parity else args.table[name]["peers"]
+            r = args.table[name]
+            own = _eight(r) or source(args.table, name, parity=True) == name
+            reference = ("hf",) if own else ()
+            peers = (*reference, "ftkit") if args.parity else r["peers"]
             peers = [p for p in peers if p in args.peers]
             first = i % max(1, len(peers))
             yield from ((name, p) for p in peers[first:] + peers[:first])
 
 
 # ------------------------------------------------------------ what came out
+
+def source(table, name, parity=False):
+    "The row in which other programs did the same; what is recomputed is of no matter to parity."
+    r = table[name]
+    if not parity: return r["like"] or name
+    same = lambda x: (x["shape"], {**x["how"], "gc": 0})
+    return next((n for n, x in table.items() if same(x) == same(r)), name)
+
 
 def best(results, name, peer):
     "The median result of a peer in a row."
@@ -120,12 +139,13 @@ def apart(ours, theirs):
     return max(abs(a - b)/abs(b) for a, b in zip(ours, theirs))
 
 
-def parity(results, name, peer="ftkit"):
+def parity(results, name, table=ROWS):
     "How far losses and gradient norms are from those of hf; None where that was not run."
-    runs = [x for x in results if x["row"] == name and x.get("parity") and "losses" in x]
-    runs = {x["peer"]: x for x in runs}
-    if peer not in runs or "hf" not in runs: return None
-    ours, theirs = runs[peer], runs["hf"]
+    runs = [x for x in results if x.get("parity") and "losses" in x]
+    runs = {(x["row"], x["peer"]): x for x in runs}
+    ours = runs.get((name, "ftkit"))
+    theirs = runs.get((name, "hf")) or runs.get((source(table, name, True), "hf"))
+    if not ours or not theirs: return None
     if ours.get("mode") == "fp8":
         loss = apart([sum(ours["losses"][-20:])], [sum(theirs["losses"][-20:])])
         return dict(loss=loss, norm=None, good=loss <= 0.005)
@@ -135,13 +155,13 @@ def parity(results, name, peer="ftkit"):
 
 def summary(results, table):
     "One entry a row: tokens/s and GiB of each, ftkit's ratio to the best other, parity."
-    out, keys = {}, ("tok_s", "peak_gib", "card")
+    out, keys = {}, ("tok_s", "peak_gib", "reserved_gib", "card")
     for name in table:
-        found = {p: best(results, name, p) for p in PEERS}
-        found = {p: {k: x[k] for k in keys} for p, x in found.items() if x}
+        found = {p: best(results, name if p == "ftkit" else source(table, name), p) for p in PEERS}
+        found = {p: {k: x[k] for k in keys if k in x} for p, x in found.items() if x}
         failed = {x["peer"]: x["error"] for x in results if x["row"] == name and "error" in x}
         rivals = [x for p, x in found.items() if p != "ftkit"]
-        held = parity(results, name)
+        held = parity(results, name, table)
         if not found and not failed and not held: continue
         failed = {p: e for p, e in failed.items() if p not in found}
         out[name] = dict(results=found, failed=failed, parity=held)
@@ -184,7 +204,8 @@ def main():
     add("--rows", help=f"of {','.join(ROWS)}; by default those of {LLAMA3} and {LLAMA2}")
     add("--peers", default=",".join(PEERS))
     add("--budget", type=float, default=math.inf, help="seconds after which nothing more is begun")
-    add("--timeout", type=float, default=600, help="seconds for one process")
+    add("--timeout", type=float, default=600, help="seconds for one process, with its waiting")
+    add("--ahead", type=int, default=1, help="processes that get ready while another one measures")
     add("--rounds", type=int, default=1)
     add("--steps", type=int, default=6)
     add("--profile", type=int, default=0, help="steps of ftkit's after the timed ones, to say on "
@@ -219,15 +240,22 @@ def measure(args, results):
         if not torch.cuda.is_available(): sys.exit("no GPU here: try --tiny")
         args.device, args.card = "cuda", torch.cuda.get_device_properties(0).name
     args.home = args.home.absolute()
+    from make_checkpoint import make
+    for shape in dict.fromkeys(args.table[n]["shape"] for n in args.rows):
+        make(args.home/shape, shape, device=args.device)
     begin = time.time()
-    for name, peer in turns(args):
-        if time.time() - begin > args.budget: break
-        results.append(run_one(name, peer, args))
-        x = results[-1]
-        said = x.get("error") or "{tok_s:,.0f} tokens/s, {peak_gib:.2f} GiB".format(**x)
-        print(f"{name} {peer}: {said}", file=sys.stderr, flush=True)
-        if args.log:
-            with open(args.log, "a") as f: f.write(json.dumps(x) + "\n")
+    def run(turn): return None if time.time() - begin > args.budget else run_one(*turn, args)
+    with ThreadPoolExecutor(1 + args.ahead) as pool:
+        for x in filter(None, pool.map(run, turns(args))): note(x, args, results)
+
+
+def note(x, args, results):
+    "Keep a result, and say it."
+    results.append(x)
+    said = x.get("error") or "{tok_s:,.0f} tokens/s, {peak_gib:.2f} GiB".format(**x)
+    print("{row} {peer}: ".format(**x) + said, file=sys.stderr, flush=True)
+    if args.log:
+        with open(args.log, "a") as f: f.write(json.dumps(x) + "\n")
 
 
 if __name__ == "__main__": main()

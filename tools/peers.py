@@ -14,7 +14,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 OURS = dict(adamw16="adamw_16bit", adamw8="adamw_8bit") # ftkit's alone
-GIB = 2**30
+GIB, SPREAD = 2**30, 0.8 # the latter: of the logarithms of uneven lengths
 
 
 def arguments():
@@ -29,7 +29,8 @@ def arguments():
         help="recompute activations; auto: as the program likes it")
     add("--batch", type=int, default=4)
     add("--seq", type=int, default=2048)
-    add("--packed", action="store_true", help="samples of uneven length; --seq is the longest")
+    add("--packed", type=int, default=0,
+        help="mean length of samples of uneven length; --seq is the longest")
     add("--steps", type=int, default=6)
     add("--warmup", type=int, default=3)
     add("--r", type=int, default=16)
@@ -40,8 +41,18 @@ def arguments():
     add("--cap", type=float, help="GiB that may be used")
     add("--parity", type=int, help="steps, of which everything is read")
     add("--profile", type=int, default=0, help="steps more, to say where the time goes; ftkit only")
+    add("--turn", type=Path, help="a file that is locked from the imports to the end: who else "
+                                  "names it waits")
     add("--device", default="cuda")
     return parser.parse_args()
+
+
+def take_turn(a):
+    "Wait until nobody else measures."
+    if not a.turn: return
+    import fcntl
+    a.turn = open(a.turn, "w") # until the process ends
+    fcntl.flock(a.turn, fcntl.LOCK_EX)
 
 
 # ------------------------------------------------------------ the same for all
@@ -52,10 +63,11 @@ def samples(a, vocab):
     rng, n = np.random.default_rng(0), a.parity or a.warmup + a.steps + a.profile
     for _ in range(n):
         lengths = [a.seq]*a.batch
-        if a.packed: # as many tokens as in full rows, in samples around a quarter of the longest
+        if a.packed: # as many tokens as in full rows
             lengths, room = [], a.batch*a.seq
             while room > 8:
-                lengths.append(int(min(room, a.seq, max(8, rng.lognormal(math.log(a.seq/6), 0.8)))))
+                length = rng.lognormal(math.log(a.packed) - SPREAD**2/2, SPREAD)
+                lengths.append(int(min(room, a.seq, max(8, length))))
                 room -= lengths[-1]
         yield [(rng.integers(4, vocab, k), int(k*a.mask)) for k in lengths]
 
@@ -69,7 +81,7 @@ def start_of(path, shape):
 
 
 def say(a, **values):
-    print("RESULT " + json.dumps(dict(vars(a), **values)), flush=True)
+    print("RESULT " + json.dumps(dict(vars(a), **values, turn=None)), flush=True)
 
 
 def vocabulary(a):
@@ -142,10 +154,37 @@ def padded(step, device):
     return {k: v.to(device, non_blocking=True) for k, v in out.items()}
 
 
+def side_by_side(step, device):
+    "One row of samples as Unsloth's packing makes it; lengths are read on the host."
+    import torch
+    ids = torch.cat([torch.from_numpy(x) for x, _ in step])[None]
+    labels, places, at = ids.clone(), torch.zeros_like(ids), 0
+    for x, masked in step:
+        labels[0, at:at + max(masked, 1)] = -100 # the first token follows no other
+        places[0, at:at + len(x)] = torch.arange(len(x))
+        at += len(x)
+    batch = dict(input_ids=ids, labels=labels, position_ids=places)
+    batch = {k: v.to(device) for k, v in batch.items()}
+    lengths = torch.tensor([len(x) for x, _ in step], dtype=torch.int32)
+    return dict(batch, packed_seq_lengths=lengths)
+
+
+def parts_of(a, step):
+    "Batches of a step, and what the loss of each counts."
+    if not a.packed: return [(padded(step, a.device), 1.)]
+    if a.peer == "unsloth": return [(side_by_side(step, a.device), 1.)]
+    learned = [len(ids) - max(masked, 1) for ids, masked in step] # one by one, as a reference
+    return [(padded([one], a.device), n/sum(learned)) for one, n in zip(step, learned) if n > 0]
+
+
 def run_peer(a):
+    import torch
+    if a.peer != "unsloth":
+        import peft, transformers # noqa: F401, before it is our turn
+        from transformers import AutoModelForCausalLM # noqa: F401
+    take_turn(a)
     begin = time.perf_counter()
     model = (load_unsloth if a.peer == "unsloth" else load_hf)(a)
-    import torch
     cuda = a.device.startswith("cuda")
     wait = torch.cuda.synchronize if cuda else lambda: None
     model.train()
@@ -167,17 +206,20 @@ def run_peer(a):
         if not cuda: return marks.append(time.perf_counter())
         marks.append(torch.cuda.Event(enable_timing=True))
         marks[-1].record()
-    batches = [padded(step, a.device) for step in samples(a, vocabulary(a))]
+    batches = [parts_of(a, step) for step in samples(a, vocabulary(a))]
     wait()
     mark()
-    for step, batch in zip(samples(a, vocabulary(a)), batches):
-        with torch.autocast("cuda" if cuda else "cpu", dtype=torch.bfloat16):
-            loss = model(**batch).loss
-        loss.backward()
+    for step, parts in zip(samples(a, vocabulary(a)), batches):
+        loss = 0.
+        for batch, share in parts:
+            with torch.autocast("cuda" if cuda else "cpu", dtype=torch.bfloat16):
+                part = model(**batch).loss*share
+            part.backward()
+            loss += part.detach()
         if a.parity: norms.append(torch.nn.utils.clip_grad_norm_(learn, math.inf).item())
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        losses.append(loss.detach())
+        losses.append(loss)
         mark()
         tokens.append(sum(len(ids) for ids, _ in step))
     wait()
@@ -219,7 +261,6 @@ def as_rows(a, steps):
 
 
 def run_ftkit(a):
-    begin = time.perf_counter()
     import torch
     import ftkit as ft
     from functools import partial
@@ -227,7 +268,8 @@ def run_ftkit(a):
     from ftkit.fast import speed_up
     from ftkit.training.loop import Trainer
     from ftkit.training.plan import Plan, TrainConfig
-    cuda = a.device.startswith("cuda")
+    take_turn(a)
+    begin, cuda = time.perf_counter(), a.device.startswith("cuda")
     bits = 4 if a.mode == "qlora" and "quantization_config" not in config(a) else None
     model = ft.load_model(a.ckpt, dtype="bf16", device=a.device, bits=bits)
     if a.mode == "full": model.requires_grad_(True)
