@@ -300,7 +300,7 @@ def test_the_command_says_what_fits(capsys):
 
 
 @pytest.mark.parametrize("args,words", [
-    (["llama2_7b_qlora_alpaca"], "recipe"), (["nano_lora_colors_e4", "--gpu", "huge"], "24GB"),
+    (["llama2_7b_qlora_alpaca"], "recipe"), (["nano_lora_colors_e4", "--gpu", "huge"], "8GB"),
     (["nano_lora_colors_e4", "--set", "lora.rr=3"], "lora.r")])
 def test_the_command_explains_errors(args, words, capsys):
     from ftkit.cli import main
