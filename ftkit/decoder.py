@@ -88,7 +88,8 @@ class AttentionHalf:
 @patch
 def project(self:AttentionHalf, x, call, kept):
     "q, k and v, rotated, as one matrix."
-    normed,_,more = self.norm.into(self.qkv, x)
+    normed,inverse,more = self.norm.into(self.qkv, x)
+    if "normed" in kept.keeps: kept.normed = normed,inverse
     kept.qkv,kept.xa_qkv = self.qkv.project(normed, seed=kept.seeds[0], **more)
     if not self.qk: self.rotate(kept.qkv, call)
 
@@ -149,7 +150,7 @@ def backward(self:AttentionHalf, d_middle, x, call, kept, need_x=True, wide=None
     d_qkv,of_qk = self.attention_gradient(d_out, call, kept)
     xa,kept.qkv,kept.attended = kept.xa_qkv,None,None
     del dy, out, d_out
-    normed,inverse = self.norm.forward(x)
+    (normed,inverse),kept.normed = kept.normed or self.norm.forward(x),None
     need = need_x or bool(self.norm.trainable)
     d_normed,of_qkv = self.qkv.project_backward(d_qkv, normed, xa, seed=seeds[0], need_x=need)
     del d_qkv, normed
@@ -180,7 +181,7 @@ class MlpHalf:
         kept.apart = _eight(self.gate_up) and _eight(self.down) and self.gate_up.apart
         if kept.apart: more["apart"] = True
         kept.xa_up = self.gate_up.project(normed, self.plain(kept), kept.seeds[0], **more)[1]
-        return normed[:,:middle.shape[1]], inverse
+        return normed, inverse
 
     def plain(self, kept):
         "Gate and up without the room behind them."
@@ -200,16 +201,19 @@ def forward(self:MlpHalf,
     out = y if over else torch.empty_like(y)
     kept.pieces = []
     for s in slices:
-        kept.pieces.append(k := self.forward_piece(y[s], x[s], factor, out[s]))
+        kept.pieces.append(k := self.forward_piece(y[s], x[s], factor, out[s], kept.keeps))
         if len(slices) > 1: k.gate_up = k.xa_up = None # computed again in any case
     return out
 
 @patch
-def forward_piece(self:MlpHalf, middle, x, factor, out):
+def forward_piece(self:MlpHalf, middle, x, factor, out, keeps=()):
     "Fill `out`; what is kept of it."
-    kept,width = SimpleNamespace(seeds=_seeds(self.gate_up, self.down)),self.down.in_features
-    self.project(middle, kept, x, factor)
+    kept = SimpleNamespace(seeds=_seeds(self.gate_up, self.down), normed=None, h=None)
+    found,width = self.project(middle, kept, x, factor),self.down.in_features
+    if "normed" in keeps: kept.normed = found
+    del found # there has to be room for the next
     h,more = room(self.down, len(middle), width, middle),{}
+    if "product" in keeps and self.down.trainable: kept.h = h
     how = self.plain(kept),self.act,h[:,:width]
     if _eight(self.down):
         beside = self.gate_up.pairs(kept.xa_up) if kept.apart else None
@@ -244,10 +248,10 @@ def backward_piece(self:MlpHalf, dy, middle, kept, out, wide, again, total=None)
     "Fill `out`; the gradients of `trainable`. With `again`, the middle is a sum to be made yet."
     n,m = (len(p.trainable) for p in (self.gate_up, self.down))
     into = (total[-n - m:-m or None], total[len(total) - m:]) if total else (None, None)
-    found = self.project(middle, kept, *again) if kept.gate_up is None else None
+    found = self.project(middle, kept, *again) if kept.gate_up is None else kept.normed
     d_y,of_after = _behind(self, dy, kept, self.down, wide)
     of_down,more = self.down_gradient(d_y, kept, into[1])
-    d_up,kept.gate_up,d_y = kept.gate_up,None,None
+    d_up,kept.gate_up,kept.normed,d_y = kept.gate_up,None,None,None
     normed,inverse = found or self.norm.forward(middle)
     d_normed,of_up = self.gate_up.project_backward(d_up, normed, kept.xa_up, seed=kept.seeds[0],
                                                    **_into(self.gate_up, into[0]), **more)
@@ -259,8 +263,8 @@ def backward_piece(self:MlpHalf, dy, middle, kept, out, wide, again, total=None)
 def down_gradient(self:MlpHalf, dy, kept, into=None):
     "Put the gradient of gate and up in their place; those of the last projection; codes."
     gate_up,up,more = self.plain(kept),self.gate_up,{}
-    dh = dy.new_empty(len(dy), self.down.in_features)
-    how = dict(act=self.act, out=gate_up, h=dh if self.down.trainable else None)
+    dh,h,kept.h = dy.new_empty(len(dy), self.down.in_features),kept.h,None
+    how = dict(act=self.act, out=gate_up, h=dh if h is None and self.down.trainable else None)
     eight,given = _eight(up) and up.back,_into(self.down, into)
     if eight and self.down.apart: given["apart"] = True
     def turn(added=None):
@@ -269,8 +273,8 @@ def down_gradient(self:MlpHalf, dy, kept, into=None):
         _,*codes = glu_backward_codes(dh, gate_up, up.column_factors, beside=beside,
                                       added=added, **how)
         more.update(codes=codes[:2], dxa=codes[2] if codes[2:] else None)
-    grads = self.down.project_backward(dy, dh, kept.xa_down, out=dh, seed=kept.seeds[1],
-                                       between=turn, **given)[1]
+    grads = self.down.project_backward(dy, dh if h is None else h, kept.xa_down, out=dh,
+                                       seed=kept.seeds[1], between=turn, **given)[1]
     return grads, more
 
 def _into(p, grads):
@@ -312,15 +316,18 @@ def _flat(x, call):
     x = x.detach().reshape(-1, x.shape[-1]).to(call.dtype)
     return x if x.stride(1) == 1 else x.contiguous()
 
-def _empty(x):
+def _empty(x, keeps):
     "Nothing is kept but the input yet."
-    first = SimpleNamespace(seeds=None, qkv=None, attended=None, xa_qkv=None, xa_o=None, y=None)
-    return SimpleNamespace(x=x, middle=None, first=first, second=SimpleNamespace(), away=None)
+    names = "seeds", "qkv", "attended", "normed", "xa_qkv", "xa_o", "y"
+    first = SimpleNamespace(keeps=keeps, **dict.fromkeys(names))
+    return SimpleNamespace(x=x, middle=None, first=first, second=SimpleNamespace(keeps=keeps),
+                           away=None)
 
 @patch
 def forward(self:Layer, x, call, grad=False):
     "The output, and what is kept."
-    kept,keeps = _empty(x),self.saving.keeps if grad else ()
+    keeps = self.saving.keeps if grad else ()
+    kept = _empty(x, keeps)
     kept.saving,kept.slices,first = self.saving,self.saving.slices(len(x)),kept.first
     y = self.attention.forward(x, call, first)
     if "qkv" not in keeps: first.qkv = None

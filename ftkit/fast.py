@@ -19,7 +19,7 @@ from .attention import Rows
 from .core import pick_dtype, say
 from .experts import activation_name, slow_down_experts, speed_up_experts
 from .decoder import AttentionHalf, Call, Layer, MlpHalf, Norm
-from .kept import Away, Saving, Watch, savings
+from .kept import Away, Saving, Watch, host_memory, savings
 from .kernels.eight import EightProjection
 from .kernels.edges import SCRATCH, Edges
 from .kernels.lora import Projection
@@ -227,7 +227,7 @@ class Fast:
         self.inner,self.saving,self.compute = inner,saving,compute
         self.dtype = None if compute in COMPUTE else pick_dtype(compute)
         self.call,self.away,self.parts,self.told,self.hold = None,None,[],set(),hold
-        self.held,self.defer,self.edges,self.waits = None,defer,None,True
+        self.held,self.defer,self.edges,self.waits,self.cached = None,defer,None,True,0
         self.build()
 
     def build(self):
@@ -238,6 +238,7 @@ class Fast:
         if not self.reason:
             plan = savings(self.saving, len(inner.layers))
             self.parts = [_layer(b, family, kind, s) for b,s in zip(inner.layers, plan)]
+        self.stay()
         self.tell_experts()
         self.watch = Watch(inner.layers)
         for i,block in enumerate(inner.layers): block.__dict__["_fast"] = self, i
@@ -258,12 +259,34 @@ def take_hold(self:Fast, dtype):
     "Let the projections hold their weights of this type in one matrix."
     if self.held == dtype or not self.hold: return self.wait(True)
     if self.edges: self.edges.close()
-    for p in self.all(): p.release(); p.hold(dtype)
+    for i,part in enumerate(self.parts):
+        for p in part.projections: p.release(); p.hold(dtype, cache=i < self.cached)
     self.held,self.waits,self.watch = dtype,True,Watch(self.inner.layers)
     self.edges = Edges(self.all(), self.defer)
 
 @patch
 def all(self:Fast): return [p for part in self.parts for p in part.projections]
+
+@patch
+def cache(self:Fast,
+          layers:int # The first so many
+         ):
+    "Let layers hold weights in four bits unpacked as well, from the next forward pass on."
+    if self.cached == layers: return
+    self.cached = layers
+    if self.edges: self.edges.close()
+    for p in self.all():
+        if p.packed: p.release()
+    self.held = self.edges = None # `take_hold` does it anew
+
+# %% ../nbs/75_fast.ipynb #bbee474c
+@patch
+def stay(self:Fast):
+    "Weights for which the host has no memory don't wait there."
+    n,room = sum(getattr(p, "waiting", 0) for p in self.all()),host_memory()
+    if not n or room is None or n < 0.8*room or not self.inner.norm.weight.is_cuda: return
+    self.tell(f"The host has no memory for {n/1e9:.1f} GB of weights: they stay on the GPU")
+    for p in self.all(): p.wait = False
 
 @patch
 def wait(self:Fast, wanted):

@@ -18,7 +18,8 @@ from .core import FtkitError, rng_state, say, set_rng_state
 from .fast import find_decoder
 from .kernels.adamw import Mirror
 from .kernels.edges import SCRATCH, SEEDS, Edges
-from .planner import FitMemory, forward_bytes, free_memory
+from .memory import free_memory
+from .planner import FitMemory, forward_bytes
 from .sft import SupervisedTuning # with `steady` of all objectives
 from .training.plan import Objective
 from .training.run import Callback
@@ -217,7 +218,8 @@ def begin(self:StepGraphs)->bool: # Whether a step begins with this batch
     if self.stand != (now := self.standing()):
         self.forget()
         self.stand = now
-    if not self.grads or self.grads[0][0].grad is not None: return False
+    if not self.grads: return all(p.grad is None for p in self.trainer.parameters)
+    if self.grads[0][0].grad is not None: return False
     torch._foreach_zero_([g for _,g in self.grads])
     for p,g in self.grads: p.grad = g
     return True
@@ -257,12 +259,17 @@ def take(self:StepGraphs, batch:dict, factor)->tuple:
 # %% ../nbs/85_graph.ipynb #eee47e2e
 @patch
 def compute(self:StepGraphs, entry, batch, factor)->tuple:
-    "As always; gradients are kept in mind, and seeds are counted."
+    "As always; seeds are counted."
     SEEDS.drawn = 0
     out,entry.draws = self.eager(batch, factor),SEEDS.drawn
-    found = [(p, p.grad) for p in self.trainer.parameters if p.grad is not None]
-    if len(found) > len(self.grads): self.grads = found # another batch may reach more weights
+    if self.grads: self.keep() # another batch may reach more weights
     return out
+
+@patch
+def keep(self:StepGraphs):
+    "Keep the gradients' memory from step to step."
+    found = [(p, p.grad) for p in self.trainer.parameters if p.grad is not None]
+    if len(found) > len(self.grads): self.grads = found
 
 # %% ../nbs/85_graph.ipynb #c71b696d
 @patch
@@ -287,6 +294,8 @@ def worth(self:StepGraphs, share)->bool:
     here,fit = self.trainer.device,self._fit()
     held,most = torch.cuda.memory_allocated(here),torch.cuda.max_memory_allocated(here)
     beside = forward_bytes(fit.plan.peak) if self.trainer.eval_rows and fit and fit.plan else 0
+    if not self.grads: beside += sum(p.grad.nbytes for p in self.trainer.parameters
+                                     if p.grad is not None) # which will be there all the time
     free = free_memory(here, fit and fit.limit) - held - self.held
     if free > 1.02*(most - held) - self.held + beside: return True
     self.stop("there is not enough memory for a recording")
@@ -350,16 +359,19 @@ def replay(self:StepGraphs, entry, batch, factor)->tuple:
 @patch
 def attempt(self:StepGraphs, entry, batch, factor)->tuple:
     "Compute, record and replay; the recording stays if it gives the same and is faster."
-    before,grads = rng_state(),[g for _,g in self.grads]
+    before,known = rng_state(),bool(self.grads)
     def anew(how):
         set_rng_state(*before)
-        torch._foreach_zero_(grads)
+        torch._foreach_zero_([p.grad for p in self.trainer.parameters if p.grad is not None])
         return how(entry, batch, factor)
     self._mark()
     out,share,slow = host_share(partial(self.compute, entry, batch, factor), self.wait)
-    right = self.measure(out)
-    if not (all(map(math.isfinite, right)) and self.worth(share) and self.record(entry, batch)):
-        return out
+    entry.dull = not self.worth(share)
+    if entry.dull: return out
+    self.keep()
+    if not all(map(math.isfinite, right := self.measure(out))): return out
+    if not known: out = anew(self.compute)
+    if not self.record(entry, batch): return out
     if not self.agrees(self.measure(anew(self.replay)), right): return anew(self.compute)
     out,_,quick = host_share(partial(anew, self.replay), self.wait)
     if self.recorder.timed and not self.insist and quick > GAIN*slow: self.drop(entry)
@@ -377,7 +389,7 @@ def drop(self:StepGraphs, entry):
     self.held -= entry.recording.bytes
     entry.recording = entry.batch = entry.seeds = entry.memory = None
     entry.dull = True
-    if not any(e.recording for e in self.entries.values()): self.pool = None
+    if not any(e.recording for e in self.entries.values()): self.pool,self.grads = None,[]
 
 @patch
 def agrees(self:StepGraphs, replayed, right)->bool:

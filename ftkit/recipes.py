@@ -261,7 +261,7 @@ def _model_to_train(r, tokenizer):
 # %% ../nbs/91_recipes.ipynb #14c5c325
 def _limited(r):
     "A context that holds the process to `train.gpu_memory`, as the trainer will later."
-    from ftkit.planner import memory_capped
+    from ftkit.memory import memory_capped
     return memory_capped(r.train.gpu_memory, ft.pick_device(r.model.device))
 
 def _choose_path(r, model):

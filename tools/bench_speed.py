@@ -8,7 +8,8 @@
 Each result is that of a process of its own; the next ones import meanwhile what they need, and wait
 for their turn. Checkpoints of random weights are made in the home folder first. Other programs may
 lie in a folder of their own (--site), which ftkit does not see. A ratio counts only between results
-of one run on one card, and against the best that any other program reached; parity is held against hf on the same weights: the loss within 0.5 %
+of one run on one card, and against the best that any other program reached; parity is held against
+hf on the same weights: the loss within 0.5 %
 and the gradient norm within 2 % at each of 20 steps (8 bits: the loss at the end of 200 steps of
 one row).
 """

@@ -119,7 +119,13 @@ class EightProjection(Projection):
         able = self.keep == "both" and self.back and not self.quantized
         self.wait = able and (self.device.type != "cpu" if wait is None else wait)
 
-    why_not = staticmethod(eight_why_not)
+    why_not,packed = staticmethod(eight_why_not),False # nothing is unpacked to sixteen bits
+
+    @property
+    def waiting(self)->int:
+        "Bytes of weights that go to the host when codes are held."
+        bases = [p.base for p in self.parts if type(p.base) is nn.Linear]
+        return self.wait*(not self.sent)*sum(b.weight.nbytes for b in bases)
 
 # %% ../../nbs/72_kernels.eight.ipynb #a3231a54
 @patch

@@ -106,6 +106,12 @@ def dropping(self:Projection)->bool:
     return any([m.training and m._modules["dropout"].p for m in self.loras])
 
 @patch(as_prop=True)
+def packed(self:Projection)->bool:
+    "Whether `hold` can keep weights in four bits unpacked beside themselves."
+    return any(type(p.base) is QLinear for p in self.parts) and all(
+        type(p.base) is QLinear or not p.base.weight.requires_grad for p in self.parts)
+
+@patch(as_prop=True)
 def _deferred(self:Projection): return self.shared is not None and self.shared.defer
 
 # %% ../../nbs/71_kernels.lora.ipynb #5072f74e
