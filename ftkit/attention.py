@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['preference', 'pick', 'explain', 'attend_forward', 'attend_backward', 'attend', 'measure', 'packed_rows',
-           'attention_for_transformers', 'register_attention']
+           'attention_for_transformers', 'register_attention', 'with_borders', 'why_not_borders', 'take_borders']
 
 # %% ../nbs/59_attention.ipynb #fc147ffb
 import time
@@ -227,9 +227,10 @@ def attention_for_transformers(module,
                                attention_mask=None, dropout=0., scaling=None, sliding_window=None,
                                softcap=None, is_causal=None, **kwargs
                               )->tuple:  # [batch, seq, heads, dim], None
-    "transformers' attention function: by borders in `packed_rows`, else PyTorch's."
+    "transformers' attention function: by borders if there are such, else PyTorch's."
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    if not _open or attention_mask is not None or not causal:
+    rows = _rows_told(query, attention_mask, kwargs) if causal else None
+    if rows is None:
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
         if softcap: kwargs["softcap"] = softcap
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout,
@@ -237,10 +238,27 @@ def attention_for_transformers(module,
     odd = [n for n in ("position_bias", "s_aux", "cache") if kwargs.get(n) is not None]
     if dropout: odd.append("dropout")
     if odd: raise FtkitError(f"packed rows do not go with {', '.join(odd)}", "attention ftkit",
-                             "load the model with attn_implementation=\"sdpa\"")
-    q,k,v = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
-    out = attend(q, k, v, _open[-1], scaling, sliding_window, softcap)
+                             "load the model with attn_implementation=\"eager\"")
+    half = torch.is_autocast_enabled(query.device.type)
+    dtype = torch.get_autocast_dtype(query.device.type) if half else query.dtype
+    q,k,v = (x.transpose(1, 2).flatten(0, 1).to(dtype) for x in (query, key, value))
+    out = attend(q, k, v, rows, scaling, sliding_window, softcap)
     return out.unflatten(0, (len(query), -1)),None
+
+_told = []
+
+def _rows_told(query, mask, kwargs):
+    "The borders that the model hands down, or those of `packed_rows`; None where a mask counts."
+    if mask is None and _open: return _open[-1]
+    if mask is None or mask.numel() > 1 or query.shape[2] == 1: return None
+    if (cu := kwargs.get("cu_seq_lens_q")) is not None:
+        facts = dict(longest=int(kwargs["max_length_q"]), total=query.shape[0]*query.shape[2])
+        state = facts,None if cu.is_inference() else cu._version # it may be written anew
+        if not _told or _told[0].cu_seqlens is not cu or _told[1] != state: # for all layers once
+            _told[:] = Rows(cu_seqlens=cu, **facts),state
+        return _told[0]
+    raise FtkitError("the model does not tell its attention where samples end", "attention ftkit",
+                     "load the model with attn_implementation=\"eager\"")
 
 # %% ../nbs/59_attention.ipynb #02ba30f3
 def register_attention()->str:  # "ftkit", for `model.set_attn_implementation`
@@ -250,3 +268,37 @@ def register_attention()->str:  # "ftkit", for `model.set_attn_implementation`
     AttentionInterface.register("ftkit", attention_for_transformers)
     AttentionMaskInterface.register("ftkit", _mask_for_transformers)
     return "ftkit"
+
+# %% ../nbs/59_attention.ipynb #e62d82c5
+def with_borders(ids:Tensor,        # [batch, seq]
+                 cu_seqlens:Tensor, # Borders of the samples in all tokens, [samples + 1]
+                 longest:int        # Tokens of the longest, or more
+                )->dict:            # For a model with the attention `ftkit`
+    "What tells a model where samples end."
+    return dict(cu_seq_lens_q=cu_seqlens, cu_seq_lens_k=cu_seqlens, max_length_q=longest,
+                max_length_k=longest,
+                attention_mask=ids.new_zeros(1, 1, 1, 1, dtype=torch.bool))
+
+# %% ../nbs/59_attention.ipynb #50f39963
+def why_not_borders(model # A transformers model
+                   )->str: # A reason, or None
+    "What speaks against keeping a model's samples apart by borders."
+    config = getattr(model, "config", None)
+    how = getattr(config, "_attn_implementation", None)
+    if how not in ("sdpa", "ftkit"): return f"its attention is {how!r}"
+    if not getattr(model, "_supports_attention_backend", False): return "it can't be exchanged"
+    if config.get_text_config() is not config: return "it has parts that are no decoder"
+    if {*(getattr(config, "layer_types", None) or ())} - {"full_attention", "sliding_attention"}:
+        return "some of its layers have no such attention"
+    if getattr(config, "v_head_dim", None) or getattr(config, "qk_nope_head_dim", None):
+        return "its values have a size of their own"
+    if any("sinks" in m._parameters for m in model.modules()): return "it has sinks"
+    names = "attention_dropout", "attn_pdrop", "attention_probs_dropout_prob"
+    if model.training and any(getattr(config, n, 0) for n in names): return "it has dropout"
+
+def take_borders(model)->bool: # Whether `with_borders` is for it
+    "Let a model keep samples apart by borders, if it can; without them it computes as ever."
+    if why_not_borders(model): return False
+    if model.config._attn_implementation != "ftkit":
+        model.set_attn_implementation(register_attention())
+    return True

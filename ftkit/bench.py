@@ -20,7 +20,7 @@ from .graph import StepGraphs
 from .flops import promised, reached, step_flops, utilization
 from .profiling import TimeProfile, Watch
 from .recipes import (OBJECTIVES, _check_method, _checked, _choose_path, _collate,
-                           _limit_memory, _model_to_train,
+                           _limited, _model_to_train,
                            load_recipe)
 from .training.loop import Trainer
 from .training.run import Callback
@@ -195,9 +195,7 @@ def bench(what,             # Name, file or `Recipe`
     _check_method(r)
     tokenizer = ft.load_tokenizer(r.model.path)
     ft.seed_everything(r.train.seed)
-    _limit_memory(r)
-    model = _model_to_train(r, tokenizer)
-    _choose_path(r, model)
+    with _limited(r): model = _choose_path(r, _model_to_train(r, tokenizer))
     rows,collate = _bench_rows(r, tokens, clock, tokenizer, model)
     trainer = Trainer(model, getattr(ft, OBJECTIVES[r.objective])(), rows, r.train, r.optim,
                       collate, callbacks=[ft.FitMemory(), ft.StepGraphs(), clock])

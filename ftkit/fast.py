@@ -154,22 +154,30 @@ def _why_not_block(block, family, kind):
 
 # %% ../nbs/75_fast.ipynb #6c63b371
 def _why_not_linears(a, mlp, family, kind):
-    if family.latent: return why_not_latent(a)
+    if family.latent:
+        norms = _modules(a, ("kv_a_layernorm", "q_a_layernorm"))
+        found = [_touched(m, m is not a) for m in (a, *norms) if m is not None]
+        return why_not_latent(a) or next(filter(None, found), None)
     if {*a._modules} != {*family.qkv, *family.qk, "o_proj"}:
         return f"its attention consists of {', '.join(sorted(a._modules))}"
-    groups = [_modules(a, family.qkv), [a.o_proj]]
-    if not _mlp_unknown(mlp, family): groups += [_modules(mlp, family.gate_up), [mlp.down_proj]]
-    found = [_touched(m) for group in groups for m in group] + [kind.why_not(g) for g in groups]
+    groups,parts = [_modules(a, family.qkv), [a.o_proj]],[a]
+    if not _mlp_unknown(mlp, family): # one by itself is called as ever
+        groups += [_modules(mlp, family.gate_up), [mlp.down_proj]]
+        parts += [mlp]
+    found = [_touched(m) for m in parts] + [kind.why_not(g) for g in groups]
     return next(filter(None, found), None)
 
-def _touched(module):
+def _touched(module, inside=True):
     "Whether calling a module, or one inside of it, would do more than its class says."
-    for m in module.modules():
-        if m._forward_hooks or m._forward_pre_hooks or m._backward_hooks:
+    for m in module.modules() if inside else [module]:
+        hooks = m._forward_hooks,m._forward_pre_hooks,m._backward_hooks,m._backward_pre_hooks
+        if any(getattr(h, "__module__", None) != _CAPTURE for d in hooks for h in d.values()):
             return f"a {type(m).__name__} has hooks"
         if "forward" in m.__dict__: return f"the forward of a {type(m).__name__} was replaced"
     for p in module.parameters():
         if hasattr(p, "ds_id") or hasattr(p, "placements"): return "its weights are spread"
+
+_CAPTURE = "transformers.utils.output_capturing" # its hooks sleep until outputs are asked for
 
 # %% ../nbs/75_fast.ipynb #cd9adc44
 def _starts(starts, rows, seq):
@@ -296,7 +304,8 @@ def let_go(self:Fast):
     self.parts,self.held,self.edges,self.waits = [],None,None,True
 
 # %% ../nbs/75_fast.ipynb #fd16d16f
-KNOWN_ATTENTION = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
+KNOWN_ATTENTION = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention",
+                   "ftkit")
 
 @patch
 def odd(self:Fast, kw):

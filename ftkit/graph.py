@@ -18,7 +18,8 @@ from .core import FtkitError, rng_state, say, set_rng_state
 from .fast import find_decoder
 from .kernels.adamw import Mirror
 from .kernels.edges import SCRATCH, SEEDS, Edges
-from .planner import FitMemory, forward_bytes, free_memory
+from .memory import free_memory
+from .planner import FitMemory, forward_bytes
 from .sft import SupervisedTuning # with `steady` of all objectives
 from .training.plan import Objective
 from .training.run import Callback
@@ -139,6 +140,9 @@ class StepGraphs(Callback):
         if self.why and wanted: raise _cannot(self.why)
         if self.why: return
         self.rooms,self.factor,self.entries = {},torch.ones((), device=trainer.device),{}
+        modules = [*trainer.model.modules()]
+        self.hooks = [getattr(m, name) for m in modules for name in HOOKS[:4]]
+        self.loras = [m for m in modules if "start_A" in m._buffers]
         self.forget()
         self.eager,self.plain = trainer.forward_backward,trainer.prepare_step
         trainer.forward_backward,trainer.prepare_step = self.take,self.prepare
@@ -200,15 +204,17 @@ def forget(self:StepGraphs):
 def standing(self:StepGraphs):
     "What a recording depends on beside the batch."
     fast = _fast_of(self.trainer.model)
-    if fast is None: return "by modules"
+    if fast is None: return "by modules",[(m.enabled, m.alpha) for m in self.loras]
     if not fast.watch.same(): return object() # like nothing else
     fast.wait(True) # generating may have fetched weights that no recording reads
     return (fast.edges, fast.away, self.trainer.model.get_input_embeddings(), [*fast.parts],
-            [p.saving for p in fast.parts], [q.piece for p in fast.parts for q in p.projections])
+            [m.enabled for m in fast.watch.loras], [p.saving for p in fast.parts],
+            [q.piece for p in fast.parts for q in p.projections])
 
 @patch
 def begin(self:StepGraphs)->bool: # Whether a step begins with this batch
     "Attach the gradients' memory, with zeros if a step begins."
+    if not self.off and any(self.hooks): self.stop("the model has hooks") # a replay calls none
     if self.stand != (now := self.standing()):
         self.forget()
         self.stand = now

@@ -71,9 +71,10 @@ class Watch:
         self.params = [p for m in each for p in m._parameters.values() if p is not None]
         self.loras = [m for m in each if "start_A" in m._buffers]
         self.facts = self._facts()
-        self.hooks = [h for m in each for h in (m._forward_hooks, m._forward_pre_hooks)
-                      if isinstance(m, nn.Linear) or not m._modules or "start_A" in m._buffers]
-        self.hooked = any(self.hooks)
+        self.hooks = [h for m in each for h in (m._forward_hooks, m._forward_pre_hooks,
+                                                m._backward_hooks, m._backward_pre_hooks)
+                      if not any(m is top for top in modules)] # those are called as ever
+        self.hooked = [*filter(None, self.hooks)]
 
     def _facts(self):
         return ([p.requires_grad for p in self.params], [p.data_ptr() for p in self.params],
@@ -82,7 +83,12 @@ class Watch:
     def same(self)->bool:
         "Whether all is as it was."
         return (all(map(is_, [d.get(k) for d,k in self.places], self.entries))
-                and any(self.hooks) == self.hooked and self._facts() == self.facts)
+                and self._same_hooks() and self._facts() == self.facts)
+
+    def _same_hooks(self):
+        if not self.hooked: return not any(self.hooks)
+        now = [*filter(None, self.hooks)]
+        return len(now) == len(self.hooked) and all(map(is_, now, self.hooked))
 
     def odd(self)->str:
         "What speaks against the fast way for now: LoRA layers that are switched off in part."

@@ -222,9 +222,10 @@ def _too_large(r):
     if r.optim.optimizer not in _ROUND: return False
     from torch import cuda
     from ftkit.models.shapes import empty_model
+    from ftkit.planner import whole_bytes
     room = memory_bytes(limit) if limit else cuda.get_device_properties(device).total_memory
     model = empty_model(ft.resolve(r.model.path))
-    n = ft.planner.whole_bytes(model, r.optim.optimizer, r.train.step_in_backward)
+    n = whole_bytes(model, r.optim.optimizer, r.train.step_in_backward)
     if n < 0.9*room: return False # the rest is for activations
     ft.core.say("ftkit: weights in float32, their gradients and averages would take "
                 f"{n/1e9:.0f} of {room/1e9:.0f} GB: they are in bfloat16, rounded at random")
@@ -258,10 +259,10 @@ def _model_to_train(r, tokenizer):
     return quantize_model(model, 4, compute_dtype=model.dtype) if whole else model
 
 # %% ../nbs/91_recipes.ipynb #14c5c325
-def _limit_memory(r):
-    "Hold the process to `train.gpu_memory`."
-    device = ft.pick_device(r.model.device)
-    if r.train.gpu_memory: ft.cap_memory(r.train.gpu_memory, device)
+def _limited(r):
+    "A context that holds the process to `train.gpu_memory`, as the trainer will later."
+    from ftkit.memory import memory_capped
+    return memory_capped(r.train.gpu_memory, ft.pick_device(r.model.device))
 
 def _choose_path(r, model):
     "Train the layers by hand where that is faster."
@@ -272,6 +273,7 @@ def _choose_path(r, model):
                             fix="Leave it at auto")
     if eight or r.train.fast and model.device.type == "cuda":
         speed_up(model, compute=r.train.compute)
+    return model
 
 # %% ../nbs/91_recipes.ipynb #a5f8479a
 def _work_dir(r, what, work_dir, resume):
@@ -335,9 +337,7 @@ def train(what,            # Name, file or `Recipe`
     if r.lora: ft.token_ids(tokenizer, r.lora.tokens) # before any text is encoded
     data = ft.load_data(r.data, tokenizer)
     ft.seed_everything(r.train.seed)
-    _limit_memory(r)
-    model = _model_to_train(r, tokenizer)
-    _choose_path(r, model)
+    with _limited(r): model = _choose_path(r, _model_to_train(r, tokenizer))
     _introduce(r, data, model, work_dir)
     trainer = ft.Trainer(model, getattr(ft, OBJECTIVES[r.objective])(), data.rows, r.train, r.optim,
         collate=_collate(r, tokenizer, model.device), eval_rows=data.eval and data.eval.rows,

@@ -394,14 +394,17 @@ def test_without_borders_it_is_pytorchs():
 
 
 def test_other_masks_are_kept():
+    from transformers import masking_utils
     from transformers.masking_utils import (
         and_masks, causal_mask_function, chunked_causal_mask_function, or_masks,
-        packed_sequence_compatibility_function, sliding_window_causal_mask_function)
+        packed_sequence_mask_function, sliding_window_causal_mask_function)
+    packed = getattr(masking_utils, "packed_sequence_compatibility_function",  # older versions just compose
+                     lambda f, positions, samples: and_masks(f, packed_sequence_mask_function(samples)))
     only = attention._only_borders
     assert only(causal_mask_function) and only(sliding_window_causal_mask_function(4))
     x = torch.zeros(1, 4, dtype=torch.long)
     for f in (causal_mask_function, sliding_window_causal_mask_function(4)):
-        assert only(packed_sequence_compatibility_function(f, x, x))
+        assert only(packed(f, x, x))
     assert not only(chunked_causal_mask_function(4, x)) and not only(lambda *a: True)
     assert not only(or_masks(causal_mask_function, lambda *a: True))
     assert not only(and_masks(causal_mask_function, lambda *a: True)) and not only(None)
@@ -422,3 +425,79 @@ def test_what_packed_rows_do_not_go_with():
             attention.attention_for_transformers(module, x, x, x, dropout=.1)
         with pytest.raises(FtkitError, match="s_aux"):
             attention.attention_for_transformers(module, x, x, x, s_aux=x)
+
+
+# ------------------------------------------------------------ borders with a batch
+
+ORDINARY = {"GPTNeoX": {}, "Olmo": {}, "Olmo2": {}, "Cohere": {}, "Starcoder2": dict(sliding_window=40), "Phi": {}}
+
+
+def packed_batch(lengths, rows=1):
+    g = torch.Generator().manual_seed(3)
+    total = sum(lengths)
+    ids = torch.randint(1, 50, (rows, total//rows), generator=g)
+    positions = torch.cat([torch.arange(n) for n in lengths]).view(rows, -1)
+    labels = ids.masked_fill(positions == 0, -100)
+    cu = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32)
+    return dict(input_ids=ids.to(DEV), labels=labels.to(DEV), position_ids=positions.to(DEV),
+                cu_seqlens=cu.to(DEV), max_seqlen=max(lengths))
+
+
+@pytest.mark.parametrize("how", ["plain", "checkpointed", "half"])
+@pytest.mark.parametrize("kind", ORDINARY)
+def test_models_of_other_families_are_told_borders(kind, how, monkeypatch):
+    from ftkit import sft
+    model = tiny(kind, **ORDINARY[kind]).train()
+    model.set_attn_implementation("sdpa")
+    if how == "checkpointed": model.gradient_checkpointing_enable(dict(use_reentrant=False))
+    batch, tuning, masks = packed_batch((5, 9, 2, 7, 4, 5), 2), sft.SupervisedTuning(), []
+    def run(devices):
+        monkeypatch.setattr(sft, "BY_BORDERS", devices)
+        model.zero_grad()
+        with torch.autocast(DEV, torch.bfloat16, enabled=how == "half"): loss, metrics = tuning(model, batch)
+        loss.backward()
+        return loss, metrics["accuracy"], *(p.grad.clone() for p in model.parameters() if p.grad is not None)
+    want = run(())
+    assert model.config._attn_implementation == "sdpa"
+    monkeypatch.setattr(sft, "packed_mask", lambda *a: masks.append(1))
+    got = run((DEV,))
+    assert model.config._attn_implementation == "ftkit" and not masks
+    close = dict(rtol=2e-2, atol=5e-2) if how == "half" else dict(rtol=1e-4, atol=2e-4)
+    for a, b in zip(got, want): torch.testing.assert_close(a, b, **close)
+    monkeypatch.undo()
+    again = run(())  # with a mask, through the same attention
+    for a, b in zip(again, want): torch.testing.assert_close(a, b, **close)
+
+
+def test_models_that_keep_their_masks(monkeypatch):
+    from ftkit import sft
+    from ftkit.attention import take_borders, why_not_borders
+    monkeypatch.setattr(sft, "BY_BORDERS", (DEV,))
+    batch, tuning = packed_batch((5, 9, 2)), sft.SupervisedTuning()
+    for kind, more, how in (("GPTNeoX", {}, "eager"), ("Phi", dict(attention_dropout=.1), "sdpa"),
+                            ("Starcoder2", dict(sliding_window=8), "sdpa")):
+        model = tiny(kind, **more).train()
+        model.set_attn_implementation(how)
+        assert "max_length_q" not in tuning.inputs(model, batch)
+        assert model.config._attn_implementation == how
+    assert take_borders(model.eval()) and why_not_borders(torch.nn.Linear(2, 2))
+    inputs = tuning.inputs(tiny("GPTNeoX"), {k: v for k, v in batch.items() if k != "cu_seqlens"})
+    assert inputs["attention_mask"].shape == (1, 1, 16, 16)
+
+
+def test_borders_that_get_lost():
+    from ftkit.attention import with_borders
+    module, x = torch.nn.Module(), torch.randn(1, 2, 4, 16, device=DEV)
+    told = with_borders(torch.zeros(1, 4, dtype=torch.long, device=DEV),
+                        torch.tensor([0, 1, 4], dtype=torch.int32, device=DEV), 3)
+    f = attention.attention_for_transformers
+    out = f(module, x, x, x, **told)[0]
+    whole = f(module, x[:, :, 1:], x[:, :, 1:], x[:, :, 1:])[0]
+    torch.testing.assert_close(out[:, 1:], whole, atol=1e-5, rtol=1e-4)
+    told["cu_seq_lens_q"][1] = 2  # the same memory, another batch
+    torch.testing.assert_close(f(module, x, x, x, **told)[0][:, 2:],
+                               f(module, x[:, :, 2:], x[:, :, 2:], x[:, :, 2:])[0], atol=1e-5, rtol=1e-4)
+    with pytest.raises(FtkitError, match="where samples end"): f(module, x, x, x, told["attention_mask"])
+    module.is_causal = False  # as an encoder of images beside it
+    with pytest.raises(FtkitError, match="dropout"):
+        f(torch.nn.Module(), x, x, x, dropout=.1, **told)

@@ -369,6 +369,54 @@ def test_changes_are_noticed(layers_run, said):
     assert len(layers_run) == 4
 
 
+KINDS_OF_HOOKS = ("register_forward_hook", "register_forward_pre_hook", "register_full_backward_hook",
+                  "register_full_backward_pre_hook")
+
+
+@pytest.mark.parametrize("name", ["self_attn", "mlp", "input_layernorm", "mlp.act_fn", "self_attn.q_proj"])
+def test_hooks_are_called(layers_run, said, name):
+    model, called = tiny_llama().train(), []
+    speed_up(model)
+    loss, grads = step(model)
+    module = model.model.layers[1].get_submodule(name)
+    first = model.model.layers[0].mlp.down_proj.register_forward_hook(lambda *_: called.append("first"))
+    step(model)
+    assert called.pop() == "first" and len(layers_run) == 2
+    for kind in KINDS_OF_HOOKS:  # beside one that is there already, and alone
+        hook = getattr(module, kind)(lambda *_: called.append(kind))
+        again, same_grads = step(model)
+        assert kind in called, kind
+        assert_close(again, loss)
+        for n in grads: assert_close(same_grads[n], grads[n], rtol=1e-4, atol=1e-5)
+        if first: first.remove(); first = None
+        called.clear(); layers_run.clear()
+        step(model)
+        assert kind in called and not layers_run
+        hook.remove(); called.clear()
+        step(model)
+        assert not called and len(layers_run) == 2
+    assert len(said) == 2 and all("has hooks" in s for s in said)
+
+
+def test_hooks_that_only_listen_when_asked(layers_run):
+    model = tiny_llama().train()
+    speed_up(model)
+    assert len(model(IDS, output_attentions=True, output_hidden_states=True).hidden_states) == 3
+    assert any(m._forward_hooks for m in model.modules())
+    layers_run.clear()
+    step(model)
+    assert len(layers_run) == 2
+
+
+def test_hooks_on_what_is_called_as_ever(layers_run):
+    "A layer itself."
+    model, called = tiny_llama().train(), []
+    speed_up(model)
+    model.model.layers[0].register_forward_hook(lambda *_: called.append(1))
+    step(model)
+    assert called and len(layers_run) == 2
+
+
 @pytest.mark.parametrize("hold", [True, False])
 def test_another_alpha_is_noticed(hold):
     model = with_lora(tiny_llama())

@@ -609,14 +609,15 @@ def test_weights_wait_while_they_have_codes(monkeypatch):
     fast.speed_up(model, compute="fp8", hold=True)
     def note():
         places.append(weight.data_ptr())
-        for n, t in model.state_dict().items(): assert torch.equal(t, before[n]), n
+        for n, t in model.state_dict().items(): assert torch.equal(t.to(DEVICE), before[n]), n
     loss, grads = step(model); note()
     part = model.model.layers[0].__dict__["_fast"][0].parts[0]
     with torch.no_grad():  # an ordinary call, which multiplies by the weights themselves
         for _ in range(2): model(input_ids=torch.tensor([[1, 2]], device=DEVICE), use_cache=True)
     note()
     again = step(model); note()
-    assert torch.equal(again[0], loss) and torch.equal(again[1], grads)
+    near = lambda a, b: torch.equal(a, b) or GPU and off(a, b) < 1e-5  # sums in another order
+    assert near(again[0], loss) and near(again[1], grads)
     assert part is model.model.layers[0].__dict__["_fast"][0].parts[0]  # the codes are the same
     assert places[1] == places[3] != places[2]
     if GPU: assert weight.device.type == "cpu"

@@ -33,8 +33,9 @@ def projections(model):
 
 
 def loss_of(model, ids=IDS):
-    head, h = plain_head(model), head_input(model, input_ids=ids.to(dev), use_cache=False)
-    wanted = ids.to(dev)[:, 1:].flatten()
+    ids = ids.to(model.device)
+    head, h = plain_head(model), head_input(model, input_ids=ids, use_cache=False)
+    wanted = ids[:, 1:].flatten()
     loss, _ = linear_cross_entropy(h[:, :-1].flatten(0, 1), head.weight, wanted, head.bias)
     return loss/len(wanted)
 
@@ -192,7 +193,7 @@ def test_gradients_are_gone_at_once(monkeypatch):
     monkeypatch.setattr(StepInBackward, "ENOUGH", 2**16)
     monkeypatch.setattr(FlatAdamW, "_step_of", lambda *args, **kw: None)  # its formula needs room
     def peak(inside):
-        model = tiny_llama(num_hidden_layers=8, hidden_size=128, intermediate_size=256).train()
+        model = tiny_llama(num_hidden_layers=8, hidden_size=128, intermediate_size=256).train()  # on a CPU
         speed_up(model, "most", hold=True)
         cfg = OptimConfig(lr=1e-3, optimizer="adamw_8bit", max_grad_norm=0.)
         opt = build_optimizer(model, cfg, parts=True)

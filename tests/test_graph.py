@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import LlamaConfig, LlamaForCausalLM
 
+import ftkit.graph as graph
 from ftkit.core import FtkitError
 from ftkit.data.packing import Row, collate
 from ftkit.fast import find_decoder, set_saving, speed_up
@@ -226,7 +227,8 @@ def test_a_recording_that_is_wrong_is_found_out(capsys):
     assert graphs.off and "are right" in capsys.readouterr().err
 
 
-def test_a_recording_that_is_no_faster_goes():
+def test_a_recording_that_is_no_faster_goes(monkeypatch):
+    monkeypatch.setattr(graph, "PAYS", 0.)
     class Slow(Again):
         timed = True
         def replay(self):
@@ -237,7 +239,8 @@ def test_a_recording_that_is_no_faster_goes():
     assert graphs.used == 2 and not graphs.off  # to compare, and for the clock
 
 
-def test_recordings_go_first_when_memory_runs_out(capsys):
+def test_recordings_go_first_when_memory_runs_out(capsys, monkeypatch):
+    monkeypatch.setattr(graph, "PAYS", 0.)  # however busy a GPU is
     class Large(Again):
         bytes = 100
     class Short(Callback):
@@ -255,6 +258,39 @@ def test_recordings_go_first_when_memory_runs_out(capsys):
     assert {s.level for s in fit.plan.rung.saving} == {"none"}  # it did not go down
     assert "memory ran out" in capsys.readouterr().err
     same(ours, train(Never(recorder=Again), DENSE, epochs=1))
+
+
+@pytest.mark.parametrize("how", [{}, dict(fast=False, cuda_graph=True)])
+def test_layers_that_are_switched_off_and_on_again(how, monkeypatch):
+    monkeypatch.setattr(graph, "PAYS", 0.)
+    class Switch(Callback):
+        def after_step(self, t):
+            if t.step not in (6, 14): return
+            for m in t.model.modules():
+                if hasattr(m, "start_A"): m.enabled = t.step == 14 or "down" in names[m]
+            graphs.switched = graphs.used
+    class Graphs(StepGraphs):
+        def forget(self):
+            forgot.append(self.held)
+            super().forget()
+    forgot, names = [], {}
+    class Names(Callback):
+        def before_fit(self, t): names.update({m: n for n, m in t.model.named_modules()})
+    graphs = Graphs(recorder=Again)
+    ours = train(graphs, DENSE, callbacks=[Switch(), Names()], **how)
+    assert graphs.used > graphs.switched > 0 and len(forgot) == 5, forgot  # begin, first, twice, end
+    same(ours, train(Never(recorder=Again), DENSE, callbacks=[Switch(), Names()], **how))
+
+
+def test_hooks_that_come_later(capsys, monkeypatch):
+    monkeypatch.setattr(graph, "PAYS", 0.)
+    class Hook(Callback):
+        def after_step(self, t):
+            if t.step == 8: t.model.model.layers[0].register_forward_hook(lambda *_: called.append(t.step))
+    called, graphs = [], StepGraphs(recorder=Again)
+    same(train(graphs, DENSE, callbacks=[Hook()]), train(Never(recorder=Again), DENSE, callbacks=[Hook()]))
+    assert graphs.off and graphs.used and "has hooks" in capsys.readouterr().err
+    assert called[:16] == list(range(8, 24))
 
 
 def test_too_many_shapes(capsys):

@@ -16,13 +16,13 @@ import ftkit.stream as stream
 from ftkit.core import FtkitError
 from ftkit.data.packing import collate
 from ftkit.fast import find_decoder, set_saving, speed_up
-from ftkit.kept import Away, Saving
+from ftkit.kept import Away, HostEmbedding, Saving
 from ftkit.kernels.edges import SCRATCH
 from ftkit.lora.inject import LoraConfig, add_lora
-from ftkit.memory import CUDA
+from ftkit.memory import CUDA, cap_memory, memory_capped
 from ftkit.models.shapes import empty_model
 from ftkit.peaks import Peak, Tally, step_shape
-from ftkit.planner import FitMemory, apply_plan, cap_memory, ladder, most_tokens, plan_memory
+from ftkit.planner import FitMemory, apply_plan, ladder, most_tokens, plan_memory
 from ftkit.quant.linear import quantize_model
 from ftkit.sft import SupervisedTuning
 from ftkit.training.loop import Trainer
@@ -344,7 +344,7 @@ def test_what_the_option_asks_for(checkpointing, level):
 
 def test_a_limit_is_said(capfd):
     lora_trainer(max_steps=1, gpu_memory="8GB").fit()
-    assert "of 8.00 GB" in capfd.readouterr().err
+    assert "of 8.00 GiB" in capfd.readouterr().err
     assert most_tokens(lora_trainer()) == 2*max(len(r.ids) for r in tiny_rows())
 
 
@@ -465,3 +465,128 @@ def test_weights_for_which_the_host_has_no_memory_stay(monkeypatch):
     monkeypatch.setattr(fast, "host_memory", lambda: n)
     state.stay()
     assert not any(p.wait or p.waiting for p in parts)
+
+
+# ------------------------------------------------------------ the end of a run
+
+def on_host(trainer, monkeypatch, **more):
+    "A run that begins with its embedding on the host."
+    real = FitMemory._plan
+    def lower(self, trainer):
+        real(self, trainer)
+        rung = self.plan.rungs[0]
+        self.plan.rungs.append(planner.replace(rung, host=True, **more))
+        self.plan.at = len(self.plan.rungs) - 1
+        self.go(trainer.model)
+    monkeypatch.setattr(FitMemory, "_plan", lower)
+    return trainer
+
+
+def test_an_embedding_without_room_stays_on_the_host(monkeypatch, capfd):
+    plain = lora_trainer()
+    run = plain.fit()
+    trainer = on_host(lora_trainer(), monkeypatch)
+    real, full = torch.Tensor.to, [True]
+    def to(self, *args, **kw):
+        if full[0] and self is trainer.model.get_input_embeddings().__dict__.get("weight"):
+            assert all(p.grad is None for p in trainer.model.parameters()) and not SCRATCH.memory
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB.")
+        return real(self, *args, **kw)
+    monkeypatch.setattr(torch.Tensor, "to", to)
+    assert untimed(trainer.fit().history) == untimed(run.history)
+    model, ids = trainer.model, torch.tensor([[3, 4, 5]])
+    assert isinstance(model.get_input_embeddings(), HostEmbedding)
+    with torch.no_grad(): assert torch.equal(model(ids).logits, plain.model(ids).logits)
+    want, got = plain.model.state_dict(), model.state_dict()
+    assert want.keys() == got.keys() and all(torch.equal(want[k], got[k]) for k in want)
+    assert not planner.back_on_device(model)
+    assert capfd.readouterr().err.count("no room for the embedding") == 1
+    full[0] = False
+    assert planner.back_on_device(model) and type(model.get_input_embeddings()) is torch.nn.Embedding
+    with torch.no_grad(): assert torch.equal(model(ids).logits, plain.model(ids).logits)
+
+
+def test_other_errors_of_the_way_back_pass(monkeypatch):
+    trainer = on_host(lora_trainer(max_steps=1), monkeypatch)
+    real = torch.Tensor.to
+    def to(self, *args, **kw):
+        if self is trainer.model.get_input_embeddings().__dict__.get("weight"): raise RuntimeError("a wire is loose")
+        return real(self, *args, **kw)
+    monkeypatch.setattr(torch.Tensor, "to", to)
+    with pytest.raises(RuntimeError, match="a wire"): trainer.fit()
+
+
+@pytest.mark.parametrize("anew", [False, True])
+def test_slowed_down_within_a_run(monkeypatch, anew):
+    class Slow(Callback):
+        def after_step(self, trainer):
+            if trainer.step != 2: return
+            fast.slow_down(trainer.model)
+            if anew: assert speed_up(trainer.model)
+    plain = lora_trainer().fit()
+    trainer = on_host(lora_trainer(), monkeypatch)
+    trainer.callbacks.append(Slow())
+    run = trainer.fit()
+    losses = lambda r: torch.tensor(r.curve()[1])
+    torch.testing.assert_close(losses(run), losses(plain), rtol=0.05, atol=0)  # other dropout
+    assert type(trainer.model.get_input_embeddings()) is torch.nn.Embedding
+    assert fast.is_fast(trainer.model) == anew
+
+
+@pytest.mark.parametrize("ends", ["well", "badly", "limit"])
+def test_a_limit_ends_with_the_run(monkeypatch, ends):
+    allowed, gpu = [0.75], torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda d=None: allowed[-1])
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda x, d=None: allowed.append(x))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda d: SimpleNamespace(total_memory=80*2**30))
+    if ends == "limit":
+        with pytest.raises(FtkitError, match="CUDA alone"), memory_capped("0.5GB", gpu): pass
+        assert allowed == [0.75]*2
+        with memory_capped(None, gpu) as n: assert n is None and len(allowed) == 2
+        return
+    try:
+        with memory_capped("8GiB", gpu) as n:
+            assert n == 8*2**30 and allowed[-1] == pytest.approx((n - CUDA)/80/2**30)
+            if ends == "badly": raise KeyError
+    except KeyError: pass
+    assert allowed[-1] == 0.75
+
+
+# ------------------------------------------------------------ evaluations
+
+def evaluated(**cfg):
+    trainer = lora_trainer(eval_every=3, **cfg)
+    trainer.eval_rows = trainer.rows
+    return trainer
+
+
+def test_an_evaluation_is_taken_again(monkeypatch, capfd):
+    plain = evaluated()
+    run = plain.fit()
+    trainer, calls = evaluated(), []
+    real = decoder.attend_forward
+    def fails(*args, **kw):
+        if not trainer.model.training:
+            calls.append(trainer.step)
+            if len(calls) in (3, 60): raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB.")
+        return real(*args, **kw)
+    monkeypatch.setattr(decoder, "attend_forward", fails)
+    assert untimed(trainer.fit().history) == untimed(run.history)
+    want, got = weights(plain), weights(trainer)
+    assert all(torch.equal(want[k], got[k]) for k in want) and len(calls) > 60
+    assert capfd.readouterr().err.count("the evaluation is taken again") == 2
+    assert "evaluate" not in trainer.__dict__ and not trainer.model.training
+
+
+def test_an_evaluation_that_never_fits(monkeypatch):
+    trainer = evaluated(gradient_checkpointing=False)
+    fails(monkeypatch, decoder, "attend_forward", {3})
+    with pytest.raises(FtkitError, match="nothing is left to save.*batch_size") as e: trainer.fit()
+    assert e.value.where == "evaluation"
+
+
+def test_what_an_evaluation_needs_less_of():
+    model = made("qlora", vocab_size=8000)
+    plan = plan_memory(model, 2048, optimizer="adamw_8bit")
+    before = plan.passing(plan.at)
+    assert plan.lower(plan.passing) and plan.passing(plan.at) < before and plan.at > 1

@@ -293,11 +293,11 @@ def project_backward(self:EightProjection, dy:Tensor, x:Tensor, xa:Tensor, out:T
                     )->tuple:           # Gradient of `x`, or None; those of `trainable`
     "As that of `Projection`."
     dy,x = self._split(dy, self.N)[1],self._split(x, self.K)[1]
-    V = self._views(dy, False)
-    dxa = None if xa is None else dy @ V.sB
+    V,dxa,known = self._views(dy, False),None,None
+    if xa is not None: dxa,known = self._both(dy, xa, V)
     if need_x: out = self._to_input(dy, codes, dxa, V, out, add, seed)
     if between: between()
-    return out if need_x else None,self._grads(dy, x, xa, dxa, seed, into)
+    return out if need_x else None,self._grads(dy, x, xa, dxa, seed, into, known)
 
 @patch
 def _to_input(self:EightProjection, dy, codes, dxa, V, out, add, seed):

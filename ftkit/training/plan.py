@@ -73,15 +73,14 @@ def _whole(self:TrainConfig, name, optional=False):
     raise FtkitError(f"must be a whole number of at least 1, but is {value!r}", f"train.{name}")
 
 # %% ../../nbs/63_training.plan.ipynb #79076505
-def memory_bytes(text,             # "8GB", "7.45GiB", "512MB", or a number of GB
+def memory_bytes(text,             # "8GB", "7.5GiB", "512MB", or a number of GB, or one of bytes
                  where="memory"    # Name of the option, for errors
                 )->int:
-    "The bytes that a text says: GB are 10⁹ of them, GiB are 2³⁰."
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([gm])?(i)?b?\s*", str(text).lower())
-    if not found or not float(found[1]):
-        raise FtkitError(f"expected a size such as 8GB or 7.45GiB, found {text!r}", where=where)
-    power = 2 if found[2] == "m" else 3
-    return int(float(found[1])*(1024 if found[3] else 1000)**power)
+    "The bytes of a GPU's memory: GB and GiB are 2³⁰ of them, MB and MiB 2²⁰."
+    if isinstance(text, (int, float)) and text > 1e6: return int(text)
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:([gm])i?)?b?\s*", str(text).lower())
+    if found and float(found[1]): return int(float(found[1])*2**(20 if found[2] == "m" else 30))
+    raise FtkitError(f"expected the memory of a GPU, such as 8GB, found {text!r}", where=where)
 
 # %% ../../nbs/63_training.plan.ipynb #4b586054
 def deal(rows:list,      # What to share out
