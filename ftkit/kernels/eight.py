@@ -299,6 +299,7 @@ def project_backward(self:EightProjection, dy:Tensor, x:Tensor, xa:Tensor, out:T
     if between: between()
     return out if need_x else None,self._grads(dy, x, xa, dxa, seed, into, known)
 
+# %% ../../nbs/72_kernels.eight.ipynb #fcdc0e4d
 @patch
 def _to_input(self:EightProjection, dy, codes, dxa, V, out, add, seed):
     "The gradient of the input."
