@@ -9,6 +9,7 @@ from torch import nn
 from torch.testing import assert_close
 from ftkit.core import FtkitError
 from ftkit.kernels.edges import Edges, Moves, Scratch, dropped, product, turned_back
+from ftkit.kernels.grouped import both, both_in_one
 from ftkit.kernels.launch import interpreted
 from ftkit.kernels.lora import Projection, why_not
 from ftkit.kernels.rope import rotate_
@@ -392,6 +393,87 @@ def test_with_kernels(mix, held):
     for a, b in zip([got, ours[0], *ours[1]], [y, want[0], *want[1]]): assert_close(a, b, **TIGHT)
 
 
+DIAGONALS = {"one": [(33, 16)], "two": [(300, 8), (130, 8)], "odd": [(7, 3), (129, 45)],
+             "gaps": [(5, 0), (140, 4), (9, 0), (31, 17), (2, 0)],
+             "wide": [(64, 64), (200 if dev == "cpu" else 1100, 64)],
+             "many": [(16, 16)]*5, "more": [(40, 65), (8, 15)]}
+
+
+def diagonal(parts):
+    return torch.block_diag(*(torch.ones(n, r) for n, r in parts)).to(dev, torch.float64)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", DIAGONALS)
+@pytest.mark.parametrize("T", [1, 17, 130] + [3000]*(dev == "cuda"))
+def test_both_of_one_reading(T, name, dtype):
+    "Beside float64; rows that lie apart, given places, other types, added to what is there."
+    parts = DIAGONALS[name]
+    N, R = map(sum, zip(*parts))
+    wide, b, wx = (inputs(*s, i, dtype) for i, s in enumerate([(T, N + R), (N, R), (T, R + 16)]))
+    dy, x, own = wide[:, :N], wx[:, 16:], diagonal(parts)
+    b[own == 0] = torch.nan  # nobody reads it
+    want = (dy.double() @ torch.where(own == 0, 0, b.double()), dy.double().T @ x.double()*own)
+    close = dict(rtol=1e-4, atol=1e-3) if dtype == torch.float32 else dict(rtol=8e-3, atol=.1)
+    out, old = wide[:, N:], torch.full((N, R), 2., device=dev)
+    with kernels():
+        hopper = dev == "cuda" and torch.cuda.get_device_capability()[0] == 9
+        fast = dtype != (torch.float32 if hopper else torch.bfloat16) and (hopper or dev == "cpu")
+        assert both_in_one(dy, b, x, parts) == (fast and max(r for _, r in parts) <= 64)
+        dxa, B = both(dy, b, x, parts, out)
+        assert dxa is out and B.dtype == torch.float32
+        for ours, exact in zip((dxa, B), want): assert_close(ours.double(), exact, **close)
+        assert both(dy, b, x, parts, into=old, add=True)[1] is old
+        assert_close(old, B + 2, **close)
+        if T == 17:
+            again, low = both(dy, b, x, parts, kind=torch.float16)
+            assert torch.equal(again, dxa) and low.dtype == torch.float16
+            assert_close(low.float(), B, rtol=2e-3, atol=1e-2)
+    with pytest.raises(ValueError, match="x: "): both(dy, b, x[:, 1:], parts)
+    with pytest.raises(ValueError, match="expected torch.float64"): both(dy.double(), b, x, parts)
+    with pytest.raises(ValueError, match="into: "): both(dy, b, x, parts, into=old[1:])
+
+
+@pytest.mark.skipif(dev != "cuda", reason="sizes of an 8B's layer")
+@pytest.mark.parametrize("parts", [[(14336, 16)]*2, [(4096, 16), (1024, 16), (1024, 16)],
+                                   [(14336, 32)]*2, [(28672, 64)], [(4001, 5), (333, 8)]])
+def test_both_of_large_gradients(parts):
+    N, R = map(sum, zip(*parts))
+    dy, b, x = (torch.randn(*s, device=dev, dtype=torch.bfloat16)/8
+                for s in ((8190, N), (N, R), (8190, R)))
+    dxa, B = both(dy, b, x, parts)
+    own = diagonal(parts).float()
+    assert_close(dxa.float(), dy.float() @ (b.float()*own), rtol=1e-2, atol=2e-2)
+    assert_close(B, dy.float().T @ x.float()*own, rtol=1e-2, atol=2e-2)
+    assert torch.equal(both(dy, b, x, parts)[1], B)  # no order is left to chance
+
+
+@pytest.mark.parametrize("mix", ["lora", "ranks", "some", "four", "mixed"])
+@pytest.mark.parametrize("dropout", [0., 0.25])
+def test_gradients_of_one_reading(mix, dropout):
+    "Like those of two products, in room behind the gradient or elsewhere."
+    dtype = torch.float16 if dev == "cuda" else torch.float32
+    modules = layers(MIXES[mix], bias=True, dropout=dropout)
+    p = Projection(modules, Scratch())
+    x, dy = inputs(9, K + p.R, 1, dtype), inputs(9, p.N + p.R, 2, dtype)
+    with kernels():
+        for given in ((dy, x), (dy[:, :p.N], x[:, :K])):
+            y, xa = p.project(given[1], seed=3)
+            want = p.project_backward(*given, xa, seed=3)
+            p.large = 0
+            V = p._views(x[:, :K], True)
+            used = p._both(dy[:, :p.N], xa, V)[1] is not None
+            assert used == both_in_one(dy[:, :p.N], V.sB, xa, p.diagonal)
+            assert used or dev == "cuda"
+            ours = p.project_backward(*given, xa, seed=3)
+            del p.large
+            for a, b in zip([ours[0], *ours[1]], [want[0], *want[1]]):
+                assert_close(a, b, **(TIGHT if dtype == torch.float32 else dict(rtol=.01, atol=.05)))
+    for t in p.trainable: t.requires_grad_(False)
+    p = Projection(modules, Scratch())
+    with kernels(): assert p._both(dy[:, :p.N], xa, p._views(x[:, :K], True))[1] is None
+
+
 def stack(n=3):
     "Projections one after the other, and what they compute."
     ps = [Projection(layers(["lora 40 4", f"lora {K - 40} 5"], seed=i), Scratch()) for i in range(n)]
@@ -402,11 +484,12 @@ def stack(n=3):
     return ps, run
 
 
-@pytest.mark.parametrize("kernel", [False, True])
+@pytest.mark.parametrize("kernel, large", [(False, 0), (True, 0), (True, Projection.large)])
 @pytest.mark.parametrize("defer", [False, True])
-def test_edges_of_all_layers(defer, kernel):
+def test_edges_of_all_layers(defer, kernel, large):
     with kernels() if kernel else nullcontext():
         ps, run = stack()
+        for p in ps: p.large = large
         params = [t for p in ps for t in p.trainable]
         xs = [inputs(4, K, i) for i in range(2)]
         want = [torch.autograd.grad(run(x), params) for x in xs]

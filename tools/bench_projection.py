@@ -36,6 +36,7 @@ def layers(width, sizes, args):
 def runs(width, sizes, args):
     "Name → what to time."
     from ftkit.kernels.edges import product
+    from ftkit.kernels.grouped import both
     from ftkit.kernels.lora import Projection
     modules = layers(width, sizes, args)
     p = Projection(modules, piece=args.piece)
@@ -64,6 +65,7 @@ def runs(width, sizes, args):
     A, sB = torch.zeros(p.R, p.K, **new), torch.zeros(p.N, p.R, **new)
     return out | {"  x Aᵀ": lambda: x_ @ A.T, "  dy sB": lambda: dy_ @ sB,
                   "  dyᵀ xa": lambda: product(dy_.T, xa, torch.float32),
+                  "  these two, of one reading": lambda: both(dy_, sB, xa, p.diagonal),
                   "  dxaᵀ x": lambda: product(xa.T, x_, torch.float32),
                   "  factors to their places": lambda: p.spread(A, sB)}
 

@@ -16,6 +16,7 @@ one row).
 import argparse, json, math, os, subprocess, sys, time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 HERE = Path(__file__).resolve().parent
@@ -178,6 +179,28 @@ def ratios(ours, rivals):
     return dict(ratio=round(ours["tok_s"]/fast, 3), memory_ratio=memory)
 
 
+def flops(r):
+    "What a token of a row asks for, with nothing computed twice."
+    import torch
+    import ftkit as ft
+    from ftkit.flops import step_flops
+    from peers import samples
+    from make_checkpoint import config_of
+    from transformers import AutoModelForCausalLM
+    how, config = r["how"], config_of(r["shape"].removesuffix("-nf4"))
+    a = SimpleNamespace(**dict(batch=4, seq=2048, packed=0, mask=0., warmup=0, steps=8, parity=None,
+                               profile=0, r=16) | how)
+    with torch.device("meta"): model = AutoModelForCausalLM.from_config(config)
+    if how["mode"] != "full": ft.add_lora(model, ft.LoraConfig(r=a.r))
+    total = tokens = 0
+    for step in samples(a, config.vocab_size):
+        lengths = [len(ids) for ids, _ in step]
+        learned = sum(len(ids) - max(masked, 1) for ids, masked in step)
+        total += step_flops(model, lengths, learned).total
+        tokens += sum(lengths)
+    return total/tokens
+
+
 def gate(x):
     "What `parity` says, in words."
     if x is None: return "–"
@@ -230,6 +253,7 @@ def main():
     found = summary(results, args.table)
     show(found)
     if args.results:
+        for name, x in found.items(): x["flops"] = flops(args.table[name])
         args.results.parent.mkdir(parents=True, exist_ok=True)
         args.results.write_text(json.dumps(found, indent=1) + "\n")
 

@@ -247,12 +247,12 @@ def project_backward(self:EightProjection, dy:Tensor, x:Tensor, xa:Tensor, out:T
                     )->tuple:           # Gradient of `x`, or None; those of `trainable`
     "As that of `Projection`."
     dy,x = self._split(dy, self.N)[1],self._split(x, self.K)[1]
-    V = self._views(dy, False)
-    if xa is not None and dxa is None: dxa = dy @ V.sB
+    V,known = self._views(dy, False),None
+    if xa is not None and dxa is None: dxa,known = self._both(dy, xa, V)
     apart = apart and dxa is not None
     if need_x: out = self._to_input(dy, codes, None if apart else dxa, V, out, add, seed)
     if between: between(*([(dxa, V.A)] if apart else []))
-    return out if need_x else None,self._grads(dy, x, xa, dxa, seed, into)
+    return out if need_x else None,self._grads(dy, x, xa, dxa, seed, into, known)
 
 @patch
 def _to_input(self:EightProjection, dy, codes, dxa, V, out, add, seed):

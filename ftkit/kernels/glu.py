@@ -76,7 +76,7 @@ def _like(t, shape, name):
 
 def _blocks(width):
     "Numbers of a program, and warps."
-    block = min(1024, triton.next_power_of_2(width))
+    block = min(2048, triton.next_power_of_2(width))
     return dict(BLOCK=block, num_warps=max(1, block//256))
 
 # %% ../../nbs/52_kernels.glu.ipynb #f010f580

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..core import FtkitError
 from .edges import (SCRATCH, Moves, Scratch, dropped, is_view, product, unpack,
                                  weight_grads)
+from .grouped import both, both_in_one
 from ..lora.layers import LoraLinear
 from ..quant.linear import QLinear, dequantize_together
 
@@ -46,6 +47,13 @@ def _parts(modules):
         parts.append(Part(base, lora, slice(row, row + m.out_features), slice(rank, rank + r)))
         row,rank = row + m.out_features,rank + r
     return parts, rank
+
+def _diagonal(parts, R):
+    "Rows and ranks of each part; ranks that are nobody's are the last one's."
+    out = [[p.rows.stop - p.rows.start, p.ranks.stop - p.ranks.start] for p in parts]
+    last = max((i for i,(_,r) in enumerate(out) if r), default=0)
+    out[last][1] += R - sum(r for _,r in out)
+    return tuple(map(tuple, out))
 
 # %% ../../nbs/71_kernels.lora.ipynb #c4fc4a6c
 def why_not(modules # Linear layers that read the same input
@@ -89,10 +97,12 @@ class Projection:
         self.factors = [t for m in self.loras for t in (m.A, m.B)]
         self.quantized = all(type(p.base) is QLinear for p in self.parts)
         self.layout = tuple((p.rows.stop, p.ranks.stop) for p in self.parts)
+        self.diagonal = _diagonal(self.parts, self.R)
         self.matrix = self.views = self.moves = self.gathers = self.shared = None
         self.hooks,self.biased = [],any(p.base.bias is not None for p in self.parts)
 
     why_not,straight = staticmethod(why_not),False # the latter: see `weight_grads`
+    large = 1 << 27 # Bytes of a gradient that is better read once, see `_both`
 
 # %% ../../nbs/71_kernels.lora.ipynb #aab52c89
 @patch(as_prop=True)
@@ -286,11 +296,26 @@ def project_backward(self:Projection,
                     )->tuple:          # Gradient of `x`, or None; those of `trainable`
     "Gradients of the inputs and of all that learns."
     (wide,dy),(_,x) = self._split(dy, self.N),self._split(x, self.K)
-    V,dxa = self._views(dy, False),None
-    if xa is not None: dxa = torch.mm(dy, V.sB, out=None if wide is None else wide[:,self.N:])
+    V,dxa,known = self._views(dy, False),None,None
+    if xa is not None: dxa,known = self._both(dy, xa, V, wide)
     if need_x: out = self._to_input(dy, wide, dxa, V, out, add, seed)
     if between: between()
-    return out if need_x else None,self._grads(dy, x, xa, dxa, seed, into)
+    return out if need_x else None,self._grads(dy, x, xa, dxa, seed, into, known)
+
+# %% ../../nbs/71_kernels.lora.ipynb #028d8b46
+@patch
+def _both(self:Projection, dy, xa, V, wide=None):
+    "dy·sB; where that pays, places of both factors too, with the gradient of `B` in its own."
+    out,large = None if wide is None else wide[:,self.N:],dy.nbytes >= self.large
+    if not (large and self.learns and both_in_one(dy, V.sB, xa, self.diagonal)):
+        return torch.mm(dy, V.sB, out=out), None
+    A,B,again = self._slots()
+    dxa,B = both(dy, V.sB, xa, self.diagonal, out, self.factors[0].dtype, B, again)
+    return dxa, (A, B, again)
+
+@patch
+def _slots(self:Projection):
+    return self.shared.slots(self) if self._deferred else (None, None, False)
 
 # %% ../../nbs/71_kernels.lora.ipynb #2f79c897
 @patch
@@ -309,10 +334,10 @@ def _to_input(self:Projection, dy, wide, dxa, V, out, add, seed):
 
 # %% ../../nbs/71_kernels.lora.ipynb #7528b570
 @patch
-def _grads(self:Projection, dy, x, xa, dxa, seed, into=None):
+def _grads(self:Projection, dy, x, xa, dxa, seed, into=None, known=None):
     "Gradients of `trainable`, in its order."
     A,B,grads = None,None,[]
-    if self.learns and xa is not None: A,B = self._factor_grads(dy, x, xa, dxa, seed)
+    if self.learns and xa is not None: A,B = self._factor_grads(dy, x, xa, dxa, seed, known)
     A,B = (None, None) if self._deferred or B is None else (A, self._blocks(B))
     found = [(p.rows, t) for p,n,t in self.trained if n == "weight"]
     if into: into = [g for g,(_,n,_) in zip(into, self.trained) if n == "weight"]
@@ -327,11 +352,11 @@ def _grads(self:Projection, dy, x, xa, dxa, seed, into=None):
 
 # %% ../../nbs/71_kernels.lora.ipynb #e9ff8bfe
 @patch
-def _factor_grads(self:Projection, dy, x, xa, dxa, seed):
+def _factor_grads(self:Projection, dy, x, xa, dxa, seed, known=None):
     "Those of `A`, [R, K], and, without their scales, of `B`, in [N, R]."
     kind = self.factors[0].dtype
-    A,B,again = self.shared.slots(self) if self._deferred else (None, None, False)
-    B = product(dy.T, xa, kind, B, again)
+    A,B,again = known or self._slots()
+    if not known: B = product(dy.T, xa, kind, B, again)
     if not self.dropping: A = product(dxa.T, x, kind, A, again)
     else:
         if A is None: A = dy.new_zeros(self.R, self.K, dtype=kind)
