@@ -474,7 +474,7 @@ def on_host(trainer, monkeypatch, **more):
     real = FitMemory._plan
     def lower(self, trainer):
         real(self, trainer)
-        rung = self.plan.rungs[0]
+        rung = self.plan.rung
         self.plan.rungs.append(planner.replace(rung, host=True, **more))
         self.plan.at = len(self.plan.rungs) - 1
         self.go(trainer.model)

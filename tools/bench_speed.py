@@ -48,6 +48,8 @@ ROWS = {
     "paged_8b": row("qlora", "1", **ONE),
     "low_7b": row("qlora", "1", LLAMA2, OURS, dict(gc="auto", cap=4.65), "paged_7b", **ONE),
     "low_8b": row("qlora", "1", LLAMA3, OURS, dict(gc="auto", cap=5.65), "paged_8b", **ONE),
+    "cap_8gb": row("qlora", "1", peers=OURS, ours=dict(gc="auto", cap=7.45), batch=1, seq=20480,
+                   opt="paged8"),
     "packed": row("qlora", "1", peers=("hf", "unsloth", "ftkit"), batch=1, seq=8192, packed=600,
                   mask=0.5),
     "qwen7b": row("lora", "0", QWEN, PEERS, dict(cap=46)),
