@@ -316,7 +316,7 @@ def record(self:StepGraphs, entry, batch)->bool: # Whether it could be done
     gc.collect() # a graph of autograd that lives on would tie gradients to another stream
     if fast and fast.away: fast.away.settle()
     SCRATCH.owner.clear()
-    if here.type == "cuda" and self.pool is None: # the recording brings memory of its own for cuBLAS
+    if here.type == "cuda" and self.pool is None: # it brings memory of its own for cuBLAS
         torch._C._cuda_clearCublasWorkspaces()
     try: entry.recording = self.recorder(partial(self.static, entry), here, self.pool)
     except (RuntimeError, FtkitError) as e:
