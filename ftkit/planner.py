@@ -391,8 +391,7 @@ class FitMemory(Callback):
         sweep()
         budget = free_memory(trainer.device, self.limit)
         dtype = dict(bf16=torch.bfloat16, fp16=torch.float16).get(trainer.precision)
-        recorded = any(c.may_record(trainer) for c in trainer.callbacks
-                       if hasattr(c, "may_record"))
+        recorded = any(c.may_record(trainer) for c in trainer.callbacks if hasattr(c, "may_record"))
         self.plan = plan_memory(model, most_tokens(trainer), budget, cfg.gradient_checkpointing,
                                 dtype, optimizer=_optimizer(trainer), accumulate=cfg.accumulate,
                                 early=bool(trainer.inside), stays=recorded and _lean(model))
