@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['PARTS', 'LIBRARY', 'SMALL', 'COLOURS', 'Tally', 'LayerShape', 'layer_shape', 'host_bytes', 'kept_bytes',
-           'spare_bytes', 'mlp_work', 'again_bytes', 'attention_work', 'forward_work', 'StepShape', 'loss_bytes',
-           'step_line', 'Peak', 'resident_bytes', 'unpacked_bytes', 'slots_of', 'optimizer_bytes', 'limit_library',
-           'step_shape', 'held_bytes', 'copied_bytes', 'kept_now', 'peak_svg']
+           'spare_bytes', 'mlp_work', 'sums_bytes', 'again_bytes', 'attention_work', 'forward_work', 'StepShape',
+           'loss_bytes', 'step_line', 'Peak', 'resident_bytes', 'unpacked_bytes', 'slots_of', 'optimizer_bytes',
+           'limit_library', 'step_shape', 'held_bytes', 'copied_bytes', 'kept_now', 'peak_svg']
 
 # %% ../nbs/83_peaks.ipynb #56bf7722
 import os, weakref
@@ -17,9 +17,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from .core import FtkitError
 from .fast import find_decoder
-from .kept import LEVELS, Saving, savings
+from .kept import LEVELS, HostHead, Saving, savings
 from .kernels import loss as loss_of
 from .kernels.loss import piece_rows, plain_head
+from .kernels.lora import Projection
 from .memory import CUDA, IDLE, state_bytes
 from .training.optim import StepInBackward
 
@@ -70,10 +71,13 @@ class LayerShape:
     after:tuple=(False,)*2 # Whether a norm stands behind attention, and behind the MLP
     qk:bool=False     # Whether the heads of queries and keys are normed
     eight:bool=False  # Whether products take codes of eight bits, made for each
+    space:int=0       # Bytes for each token that the backward pass of attention works in
+    rank:int=0        # The largest of a layer's LoRA in gate and up
 
 # %% ../nbs/83_peaks.ipynb #7388c6b3
 def layer_shape(layer,         # `decoder.Layer`
-                module:int=0   # Bytes for each token that an MLP of another kind keeps
+                module:int=0,  # Bytes for each token that an MLP of another kind keeps
+                gpu:bool=False # Whether it is, or will be, on a GPU
                )->LayerShape:
     "The widths of a layer, read off its projections."
     a,m = layer.attention,layer.mlp
@@ -83,11 +87,13 @@ def layer_shape(layer,         # `decoder.Layer`
     trained,bytes_of = layer.trainable,lambda ps: sum(p.nbytes for p in ps)
     made = (*(bytes_of(p.trainable) for p in parts), 0, 0)[:4]
     biggest = max((p.N*4*max(p.R, 1) if p.R else 0 for p in parts), default=0)
+    space = 4*a.o.K + 4*a.o.K*(a.kv_heads < a.heads)
+    thin = [p.ranks.stop - p.ranks.start for p in m.gate_up.parts if p.lora] if m else []
     return LayerShape(a.qkv.K, a.qkv.N, a.o.K, a.heads, m.down.K if m else 0,
                       m.gate_up.N if m else 0, ranks, copies,
                       bytes_of(trained), made, biggest, module,
                       (bool(a.after), bool(m and m.after)), bool(a.qk),
-                      getattr(a.qkv, "takes_codes", False))
+                      getattr(a.qkv, "takes_codes", False), space*gpu, max(thin, default=0))
 
 # %% ../nbs/83_peaks.ipynb #f01cc347
 def host_bytes(s, saving:Saving, tokens:int, size:int=2)->dict: # What → bytes
@@ -136,10 +142,17 @@ def mlp_work(s:LayerShape, saving:Saving, tokens:int, size:int=2)->int: # Bytes
     copied = s.hidden + down if s.copies[1] or s.after[1] else 0
     second = s.hidden + (s.hidden if kept and "normed" not in saving.keeps else 0)
     if "product" in saving.keeps and s.made[3]: second -= s.wide + down*(not s.eight) # is gone then
+    sums = max(0, sums_bytes(s, piece, size) - piece*size*s.hidden) # gone when that is made
     high = max(piece*(size*(s.wide + copied) + s.eight*s.hidden) + s.made[3],
-               piece*(size*second + s.eight*s.gate_up) + sum(s.made[2:]))
+               piece*(size*second + s.eight*s.gate_up) + sums + sum(s.made[2:]))
     before = sum(s.made[2:]) if len(pieces) > 1 else 0 # the sum of those of earlier pieces
     return there + piece*(size*here + 4) + high + before + s.largest
+
+def sums_bytes(s, tokens, size):
+    "Partial sums of LoRA's gradients, where `kernels.grouped.both` reads that of gate and up once."
+    if tokens*size*s.gate_up < Projection.large or not 0 < s.rank <= 64: return 0
+    tile,chunks = 512 if s.rank <= 16 else 256,8 # on one card or another a few more or less
+    return 4*(1 << (s.rank - 1).bit_length())*(s.gate_up//tile*tokens + chunks*s.gate_up)
 
 def _two_gradients(s, tokens, size):
     "The gradient that comes and the one that goes, with room for ranks."
@@ -162,7 +175,7 @@ def attention_work(s:LayerShape, saving:Saving, tokens:int, size:int=2)->int: # 
     copied = s.hidden + o if s.copies[0] or s.after[0] else 0
     first = made + copied + s.attended + s.qkv + qkv + s.qkv*s.qk # q, k, v make room for these
     second = s.qkv + qkv + s.hidden*(1 + ("normed" not in keeps))
-    high = max(tokens*(size*first + lse + s.eight*s.hidden) + s.made[1],
+    high = max(tokens*(size*first + lse + s.space + s.eight*s.hidden) + s.made[1],
                tokens*(size*second + s.eight*s.qkv) + s.made[1] + s.made[0])
     return _two_gradients(s, tokens, size) + tokens*size*kept + high + s.largest
 
@@ -197,6 +210,7 @@ class StepShape:
     head:int=0        # Bytes of the gradient of the head
     table:int=0       # Bytes of the gradient of the embedding
     head_copy:int=0   # Bytes of the head in another type
+    fetched:int=0     # Bytes of the head, if it comes from the host for the loss
     rotary:int=0      # Width of the rotation's cosines
     accumulate:int=1  # Forward passes in a step
     early:int=0       # Bytes of gradients that wait, where each is applied at once; 0: all wait
@@ -214,11 +228,11 @@ def loss_bytes(s:StepShape)->int:
     "What is there between the last layer and its backward pass, besides what the layers keep."
     n = s.tokens if s.learned is None else s.learned
     stream,some = s.tokens*s.hidden*s.size,n*s.hidden*s.size
-    if not s.vocab: return 3*stream
+    if not s.vocab: return 3*stream + s.fetched
     room = loss_of.ROOM if s.room is None else s.room
     rows = piece_rows(n, s.vocab, s.size, max(1, room//(s.vocab*s.size)))
     logits = min(rows, n)*-(-s.vocab//8)*8*s.size
-    in_loss = 2*some + logits + s.head_copy + 16*n
+    in_loss = 2*some + logits + s.head_copy + s.fetched + 16*n
     return stream + max(stream + some, in_loss, 2*stream) + 8*s.tokens
 
 # %% ../nbs/83_peaks.ipynb #8210f3dc
@@ -377,14 +391,15 @@ def step_shape(model,            # One that `speed_up` has taken
     dtype = dtype or fast.dtype or table.dtype
     trained = [p for p in model.parameters() if p.requires_grad]
     projections = [p for part in fast.parts for p in part.projections]
-    return StepShape(tuple(layer_shape(p) for p in fast.parts), tokens, dtype.itemsize,
+    gpu = fast.inner.norm.weight.device.type != "cpu"
+    return StepShape(tuple(layer_shape(p, gpu=gpu) for p in fast.parts), tokens, dtype.itemsize,
                      resident_bytes(model) + held_bytes(fast, dtype),
                      optimizer_bytes(trained, optimizer),
                      unpacked_bytes([p for p in projections if not (p.packed and p.views)], dtype,
                                     cut),
                      0 if getattr(fast, "hold", False) else _factors(projections, dtype),
                      learned=learned, accumulate=accumulate, early=early*StepInBackward.ENOUGH,
-                     library=LIBRARY*(fast.inner.norm.weight.device.type != "cpu"), stays=stays,
+                     library=LIBRARY*gpu, stays=stays,
                      rotary=fast.parts[0].attention.head_dim, **_ends(model, dtype))
 
 def held_bytes(fast, dtype)->int:
@@ -406,9 +421,10 @@ def copied_bytes(projections, dtype)->int:
 
 def _ends(model, dtype):
     "What the embedding and the head add."
-    head,table = model.get_output_embeddings().weight,model.get_input_embeddings().weight
-    count = lambda t: t.nbytes if t.requires_grad else 0
-    out = dict(vocab=head.shape[0], head=count(head), table=0 if head is table else count(table))
+    end,table = model.get_output_embeddings(),model.get_input_embeddings().weight
+    head,count = end.weight,lambda t: t.nbytes if t.requires_grad else 0
+    out = dict(vocab=head.shape[0], head=count(head), table=0 if head is table else count(table),
+               fetched=head.nbytes*isinstance(end, HostHead))
     out["head_copy"] = 0 if head.dtype == dtype else head.numel()*dtype.itemsize
     return out if plain_head(model) else {**out, "room": 2**62}
 

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['MANY', 'Rung', 'ladder', 'MemoryPlan', 'forward_bytes', 'plan_memory', 'copies_hide', 'plan_ahead', 'whole_bytes',
-           'apply_plan', 'put_on_host', 'back_on_device', 'again', 'sweep', 'FitMemory', 'most_tokens']
+           'apply_plan', 'again', 'sweep', 'FitMemory', 'most_tokens']
 
 # %% ../nbs/84_planner.ipynb #56ed5601
-import gc, re
+import gc
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -16,8 +16,10 @@ from torch import nn
 from fastcore.basics import patch
 from .core import DTYPES, FtkitError, rng_state, say, set_rng_state
 from .fast import find_decoder, set_saving, speed_up, why_not
-from .kept import PIECE, HostEmbedding, Saving, device_rates, host_memory, keep_on_host
+from .kept import (PIECE, HostEmbedding, HostHead, Saving, back_on_device, device_rates,
+                        host_memory, memory_ran_out, put_on_host, why_not_on_host)
 from .kernels import loss as loss_of
+from .kernels.loss import plain_head
 from .kernels.edges import SCRATCH
 from .memory import CUDA, Ledger, free_memory, memory_capped, prepared
 from .peaks import (SMALL, Peak, copied_bytes, host_bytes, layer_shape, limit_library,
@@ -35,6 +37,7 @@ class Rung:
     room:int=None        # Bytes of the logits at a time; None: as `kernels.loss` has it
     slots:int=0          # Memories that matrices are unpacked into, as `slots_of` takes it
     held:int=0           # The first so many layers keep their weights in four bits unpacked as well
+    head:bool=False      # Whether the head is on the host but for the loss
 
     @property
     def whole(self)->bool: return all("gate_up" in s.keeps for s in self.saving) and not self.host
@@ -46,7 +49,8 @@ def ladder(layers:int,     # Of the model
            host=False,     # Whether inputs may wait on the host
            embedding=False,# Whether the embedding may stay on the host
            hidden=False,   # Whether copies to the host take no time, see `copies_hide`
-           packed=False    # Whether weights in four bits can be held unpacked as well
+           packed=False,   # Whether weights in four bits can be held unpacked as well
+          head=False      # Whether the head may wait on the host
           )->list:         # `Rung`s, the fastest first
     "Ways to train a model, each with less memory than the one before and a little slower."
     highest,some = Saving("all"),Saving("some")
@@ -63,7 +67,8 @@ def ladder(layers:int,     # Of the model
                        room=loss_of.ROOM//4 if tokens <= PIECE else None))
     lower = [Saving("more", True, wide)] if hidden else map(Saving, ("more", "much", "most"))
     for below in lower: go(out[-1].saving[0], below)
-    return out + _last_rungs(out[-1], tokens, host)
+    out += _last_rungs(out[-1], tokens, host)
+    return out + [replace(r, head=True) for r in out if r.cut and head]
 
 def _last_rungs(rung, tokens, host):
     "What is left where no layer keeps more than it must."
@@ -154,7 +159,8 @@ def __repr__(self:MemoryPlan)->str:
                      + " (on the host)"*s.host
                      + f" (MLPs of {s.piece} tokens)"*(0 < s.piece < self.peak.shape.tokens)
                      for s,n in counts.items())
-    more = ["embedding on the host"]*r.host + [f"matrices unpacked by {r.cut} rows"]*bool(r.cut)
+    there = " and ".join(["embedding"]*r.host + ["head"]*r.head)
+    more = [f"{there} on the host"]*bool(there) + [f"matrices unpacked by {r.cut} rows"]*bool(r.cut)
     more += [f"weights of {r.held} layers stay unpacked"]*bool(r.held)
     of = "" if self.budget is None else f" of {gb(self.budget + CUDA)}"
     return f"{'; '.join([text, *more])}: predicted {gb(self.peak.needs)}{of} GiB"
@@ -179,18 +185,21 @@ def plan_memory(model:nn.Module, # Sped up
     dtype = dtype or fast.dtype or model.get_input_embeddings().weight.dtype
     parts,projections = fast.parts,[p for part in fast.parts for p in part.projections]
     table = model.get_input_embeddings()
-    free = _may_move(model)*table.weight.nbytes*(not isinstance(table, HostEmbedding))
+    free,head = (_may_leave(model, which) for which in (False, True))
     now = copied_bytes([p for p in projections if p.views], dtype) # of an earlier plan
     def shapes(r):
         held = [p for part in parts[:r.held] for p in part.projections if p.packed]
         return replace(base, room=base.room or r.room,
                        library=SMALL*bool(base.library) if r.cut else base.library,
-                       weights=base.weights - now - free*r.host + copied_bytes(held, dtype),
+                       weights=base.weights - now - free*r.host - head*r.head
+                               + copied_bytes(held, dtype),
+                       fetched=base.fetched or head*r.head,
                        scratch=unpacked_bytes([p for p in projections if p not in held], dtype,
                                               r.cut, r.slots))
     on_gpu = table.weight.device.type != "cpu" or isinstance(table, HostEmbedding)
-    rungs = ladder(len(fast.parts), tokens, on_gpu, on_gpu and _may_move(model),
-                   on_gpu and copies_hide(fast, tokens, dtype), _may_unpack(fast))
+    rungs = ladder(len(fast.parts), tokens, on_gpu, on_gpu and why_not_on_host(model) is None,
+                   on_gpu and copies_hide(fast, tokens, dtype), _may_unpack(fast),
+                   on_gpu and bool(head))
     if checkpointing: rungs = _frugal(rungs, tokens)
     if checkpointing is False: rungs = [r for r in rungs if r.whole]
     return MemoryPlan(rungs, shapes, budget).settle()
@@ -208,12 +217,11 @@ def _frugal(rungs, tokens):
     wanted = away if tokens <= PIECE and any(map(away, rungs)) else little
     return rungs[next(i for i,r in enumerate(rungs) if wanted(r)):]
 
-def _may_move(model):
-    "Whether the embedding can stay on the host."
-    table,head = model.get_input_embeddings(),model.get_output_embeddings()
-    if isinstance(table, HostEmbedding): return True
-    tied = head is not None and head.weight is table.weight
-    return isinstance(table, nn.Embedding) and not table.weight.requires_grad and not tied
+def _may_leave(model, head):
+    "Bytes of the embedding, or of the head, that can leave the GPU."
+    end = model.get_output_embeddings() if head else model.get_input_embeddings()
+    if why_not_on_host(model, head) or (head and not plain_head(model)): return 0
+    return 0 if isinstance(end, (HostEmbedding, HostHead)) else end.weight.nbytes
 
 # %% ../nbs/84_planner.ipynb #af854195
 MANY = 4096 # Tokens in a pass, below which nothing hides behind products
@@ -272,7 +280,8 @@ def apply_plan(model,          # Sped up
     limit_library(bool(r.cut))
     loss_of.ROOM = r.room or _ROOM
     if r.host: put_on_host(model)
-    elif not plan: back_on_device(model)
+    if r.head: put_on_host(model, head=True)
+    if not plan: back_on_device(model)
 
 _ROOM = loss_of.ROOM
 def _lean(model):
@@ -285,40 +294,6 @@ def _fast(model):
     inner = find_decoder(model)
     fast = inner.__dict__.get("_fast") if inner is not None else None
     return fast if fast is not None and fast.parts else None
-
-# %% ../nbs/84_planner.ipynb #f7a8aa98
-def put_on_host(model)->None:
-    "Move the embedding to the host; the module it was is kept for later."
-    old = model.get_input_embeddings()
-    if isinstance(old, HostEmbedding): return
-    device,new = old.weight.device,keep_on_host(model)
-    old.weight.data = new.weight
-    new.__dict__["before"] = old,device # past nn.Module, which would register it
-
-def back_on_device(model)->bool: # Whether it is there
-    "Undo `put_on_host`, if there is memory for it."
-    now = model.get_input_embeddings()
-    if "before" not in now.__dict__: return not isinstance(now, HostEmbedding)
-    old,device = now.__dict__["before"]
-    try: there = now.weight.to(device)
-    except RuntimeError as e:
-        if not _full(e): raise
-        if not now.__dict__.get("told"): say(_STAYS)
-        now.__dict__["told"] = True
-        return False
-    old.weight.data = there
-    model.set_input_embeddings(old)
-    return True
-
-_STAYS = ("ftkit: the GPU has no room for the embedding, which stays on the host; the model "
-          "computes the same with it")
-
-def _full(e): # A RuntimeError of PyTorch, or of a library that allocates by itself
-    "What an error says if it is about memory, or None."
-    if not isinstance(e, torch.OutOfMemoryError) and not _FULL.search(str(e)): return None
-    return str(e).partition(". ")[0].partition("\n")[0] or "out of memory"
-
-_FULL = re.compile("CUDA.*out of memory|STATUS_ALLOC_FAILED")
 
 # %% ../nbs/84_planner.ipynb #3310ce39
 def again(trainer,
@@ -349,7 +324,7 @@ def _tried(take, given):
     "What it returned, and what the allocator said, if it did; with the error go all tensors."
     try: return take(*given),None
     except RuntimeError as e:
-        if not (why := _full(e)): raise
+        if not (why := memory_ran_out(e)): raise
         return None,why
 
 def _not_again(trainer):

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.parallel import DistributedDataParallel
+from ..kept import HostHead
 from .launch import jit, on, row_stride, tl, triton, use_kernels, writes
 
 # %% ../../nbs/53_kernels.loss.ipynb #d131dc33
@@ -129,8 +130,7 @@ class _Head(NamedTuple):
     softcap:float
     piece:int
 
-def _compute_dtype(weight):
-    kind = weight.device.type
+def _compute_dtype(weight, kind):
     asked = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
     return torch.get_autocast_dtype(kind) if asked else weight.dtype
 
@@ -174,7 +174,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, targets, counts, how, learn):
         needs = [learn and n for n in ctx.needs_input_grad[:3]]
-        with torch.autocast(weight.device.type, enabled=False):
+        with torch.autocast(hidden.device.type, enabled=False):
             head,h = how(weight, bias),hidden.to(how.dtype)
             dw = torch.zeros_like(weight) if needs[1] else None
             db = torch.zeros_like(bias, dtype=torch.float32) if needs[2] else None
@@ -195,11 +195,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
 # %% ../../nbs/53_kernels.loss.ipynb #c41db88b
 class _How:
     "Makes a `_Head` of weight and bias, in the type to compute in."
-    def __init__(self, weight, scale, softcap, piece):
-        self.dtype,self.rest = _compute_dtype(weight),(scale, softcap, piece)
+    def __init__(self, weight, device, scale, softcap, piece):
+        self.dtype,self.device = _compute_dtype(weight, device.type),device
+        self.rest = scale,softcap,piece
 
     def __call__(self, weight, bias):
-        return _Head(weight.detach().to(self.dtype),
+        weight,waits = weight.detach(),weight.device.type == "cpu" # if so, it is on the host
+        weight = weight.to(self.device, non_blocking=waits)
+        return _Head(weight.to(self.dtype),
                      None if bias is None else bias.detach().to(self.dtype), *self.rest)
 
 def _check(hidden, weight, targets, bias, counts):
@@ -210,6 +213,8 @@ def _check(hidden, weight, targets, bias, counts):
     for name,(t,shape) in shapes.items():
         if t is None or tuple(t.shape) == shape: continue
         raise ValueError(f"{name} has shape {tuple(t.shape)}, expected {shape}")
+    if weight.requires_grad and weight.device != hidden.device:
+        raise ValueError(f"a weight that learns is on {weight.device}, not on {hidden.device}")
     if targets.dtype != torch.int64: raise ValueError(f"targets are {targets.dtype}, not int64")
     if targets.device.type != "cpu" or not n: return # a GPU would have to be waited for
     low,high = targets[targets != IGNORE].aminmax() if (targets != IGNORE).any() else (0, 0)
@@ -228,7 +233,7 @@ def linear_cross_entropy(hidden:Tensor,      # What the head reads, rows to lear
                         )->tuple: # Sum of losses, (counted) sum of right first guesses; float32, []
     "Cross entropy of a linear head without its logits; its gradient can be taken once."
     _check(hidden, weight, targets, bias, counts)
-    how = _How(weight, scale, softcap, piece)
+    how = _How(weight, hidden.device, scale, softcap, piece)
     return _LinearCrossEntropy.apply(hidden, weight, bias, targets, counts, how,
                                      torch.is_grad_enabled())
 
@@ -237,7 +242,7 @@ class _LinearLogProbs(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, targets, how, learn):
         frozen = not any(ctx.needs_input_grad[1:3])
-        with torch.autocast(weight.device.type, enabled=False):
+        with torch.autocast(hidden.device.type, enabled=False):
             h = hidden.to(how.dtype)
             losses,_,dh = run_pieces(how(weight, bias), h, targets, None, learn and frozen)
         ctx.how = how
@@ -253,7 +258,7 @@ class _LinearLogProbs(torch.autograd.Function):
         h,weight,bias,targets = rest
         dw = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
         db = torch.zeros_like(bias, dtype=torch.float32) if ctx.needs_input_grad[2] else None
-        with torch.autocast(weight.device.type, enabled=False):
+        with torch.autocast(h.device.type, enabled=False):
             dh = run_pieces(ctx.how(weight, bias), h, targets, -factors, True, dw, db)[2]
         return dh, dw, db, None, None, None
 
@@ -266,7 +271,7 @@ def linear_log_probs(hidden:Tensor,    # What the head reads, [rows, dim]
                     )->Tensor:         # float32, [rows]; 0 for a target that is `IGNORE`
     "Log-probabilities of tokens by a linear head, without its logits."
     _check(hidden, weight, targets, bias, None)
-    how = _How(weight, scale, softcap, piece)
+    how = _How(weight, hidden.device, scale, softcap, piece)
     return _LinearLogProbs.apply(hidden, weight, bias, targets, how, torch.is_grad_enabled())
 
 # %% ../../nbs/53_kernels.loss.ipynb #2f00c95c
@@ -286,6 +291,8 @@ class PlainHead(NamedTuple):
     softcap:float  # Cap, or None
 
 # %% ../../nbs/53_kernels.loss.ipynb #b533db43
+_HEADS = nn.Linear,HostHead
+
 def _unwrapped(model): return model.module if isinstance(model, DistributedDataParallel) else model
 
 def _untouched(module):
@@ -300,7 +307,7 @@ def plain_head(model # A transformers model, perhaps wrapped for several process
     model = _unwrapped(model)
     kind,head = type(model),getattr(model, "lm_head", None)
     own = kind.__module__.partition(".")[0] in ("transformers", "ftkit")
-    if not own or kind.__name__ not in LAST_STEPS or type(head) is not nn.Linear: return None
+    if not own or kind.__name__ not in LAST_STEPS or type(head) not in _HEADS: return None
     if not (_untouched(model) and _untouched(head) and head.weight.is_floating_point()): return None
     if hasattr(head.weight, "ds_id") or head.weight.ndim != 2: return None # kept elsewhere
     scale,softcap = 1.,None
