@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['LEVELS', 'PIECE', 'Saving', 'savings', 'Watch', 'Away', 'Ticket', 'device_rates', 'host_memory', 'rows_of',
            'HostEmbedding', 'HostHead', 'keep_on_host', 'why_not_on_host', 'put_on_host', 'back_on_device',
-           'memory_ran_out']
+           'memory_ran_out', 'grow_segments']
 
 # %% ../nbs/07_kept.ipynb #ea19315b
-import re, weakref
+import os, re, weakref
 from dataclasses import dataclass
 from functools import cache
 from operator import is_
@@ -371,3 +371,15 @@ def memory_ran_out(e:RuntimeError # Of PyTorch, or of a library that allocates b
     return str(e).partition(". ")[0].partition("\n")[0] or "out of memory"
 
 _FULL = re.compile("CUDA.*out of memory|STATUS_ALLOC_FAILED")
+
+# %% ../nbs/07_kept.ipynb #9b365025
+def grow_segments(wanted:bool # Or as PyTorch has it
+                 )->None:
+    "Let the allocator make a large place of small free ones."
+    said = any("expandable" in os.environ.get(k, "") for k in _CONFIGS)
+    if said or not torch.cuda.is_initialized() or wanted == bool(_GROWS): return
+    torch.cuda.memory._set_allocator_settings(f"expandable_segments:{wanted}")
+    if wanted: _GROWS.append(True)
+    else: _GROWS.clear()
+
+_CONFIGS,_GROWS = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"),[]

@@ -17,7 +17,7 @@ from fastcore.basics import patch
 from .core import DTYPES, FtkitError, rng_state, say, set_rng_state
 from .fast import find_decoder, set_saving, speed_up, why_not
 from .kept import (PIECE, HostEmbedding, HostHead, Saving, back_on_device, device_rates,
-                        host_memory, memory_ran_out, put_on_host, why_not_on_host)
+                        grow_segments, host_memory, memory_ran_out, put_on_host, why_not_on_host)
 from .kernels import loss as loss_of
 from .kernels.loss import plain_head
 from .kernels.edges import SCRATCH
@@ -278,6 +278,7 @@ def apply_plan(model,          # Sped up
         fast.away = None # pinned memory that nobody may need
     SCRATCH.forget() # and matrices of other sizes
     limit_library(bool(r.cut))
+    grow_segments(r.head)
     loss_of.ROOM = r.room or _ROOM
     if r.host: put_on_host(model)
     if r.head: put_on_host(model, head=True)

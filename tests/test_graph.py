@@ -16,7 +16,7 @@ from ftkit.core import FtkitError
 from ftkit.data.packing import Row, collate
 from ftkit.fast import find_decoder, set_saving, speed_up
 from ftkit.graph import Again, Graph, StepGraphs, shape_key
-from ftkit.kept import Saving
+from ftkit.kept import Saving, put_on_host
 from ftkit.kernels.edges import SCRATCH, SEEDS, dropped
 from ftkit.lora.inject import LoraConfig, add_lora
 from ftkit.planner import FitMemory
@@ -328,6 +328,21 @@ def test_evaluation_in_between():
     same(train(graphs, callbacks=[Evaluate()], bits=4), train(Never(recorder=Again),
                                                               callbacks=[Evaluate()], bits=4))
     assert graphs.used
+
+
+@pytest.mark.parametrize("bits", [None, 4])
+def test_a_head_that_comes_for_each_loss(bits, monkeypatch):
+    class Head(Callback):
+        order = 5.5  # when the memory has been planned, before anything is recorded
+        def before_fit(self, t): put_on_host(t.model, head=True)
+    how = dict(dropout=0.1, bits=bits, accumulate=2)
+    monkeypatch.setattr(graph, "PAYS", 0.)
+    graphs = StepGraphs(recorder=Graph if CUDA else Again)
+    ours = train(graphs, DENSE, callbacks=[Head(), FitMemory()], **how)
+    assert graphs.used and not graphs.off
+    right = train(Never(recorder=Again), DENSE, callbacks=[FitMemory()], **how)
+    if not CUDA: return same(ours, right)
+    torch.testing.assert_close(ours[1], right[1], rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.skipif(CUDA, reason="for the tape")

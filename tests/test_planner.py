@@ -16,7 +16,8 @@ import ftkit.stream as stream
 from ftkit.core import FtkitError
 from ftkit.data.packing import collate
 from ftkit.fast import find_decoder, set_saving, speed_up
-from ftkit.kept import Away, HostEmbedding, Saving
+from ftkit.kept import Away, HostEmbedding, HostHead, Saving
+import ftkit.kept as kept
 from ftkit.kernels.edges import SCRATCH
 from ftkit.lora.inject import LoraConfig, add_lora
 from ftkit.memory import CUDA, cap_memory, memory_capped
@@ -204,8 +205,8 @@ def test_rungs_that_a_gpu_has_more():
 GOALS = [ # shape, bits, tokens, optimizer, checkpointing, budget of a GPU in GiB, at most GiB
     ("llama3_8b", 16, 8192, "adamw", True, None, 17.2), ("llama3_8b", 4, 8192, "adamw", True, None, 7.8),
     ("llama3_8b", 4, 16384, "adamw", True, None, 9.8), ("llama3_8b", 4, 2048, "paged_adamw_8bit", True, None, 5.9),
-    ("llama2_7b", 4, 2048, "paged_adamw_8bit", True, None, 4.42), ("llama3_8b", 4, 2048, "paged_adamw_8bit", None, 5.6, 4.9),
-    ("llama2_7b", 4, 2048, "paged_adamw_8bit", None, 4.6, 3.9)]
+    ("llama2_7b", 4, 2048, "paged_adamw_8bit", True, None, 4.42), ("llama3_8b", 4, 2048, "paged_adamw_8bit", None, 5.6, 4.84),
+    ("llama2_7b", 4, 2048, "paged_adamw_8bit", None, 4.6, 3.84), ("llama3_8b", 4, 20480, "paged_adamw_8bit", None, 7.45, 6.6)]
 
 
 def test_peaks_of_well_known_shapes():
@@ -506,6 +507,114 @@ def test_an_embedding_without_room_stays_on_the_host(monkeypatch, capfd):
     with torch.no_grad(): assert torch.equal(model(ids).logits, plain.model(ids).logits)
 
 
+class Places(Callback):
+    "Where embedding and head are after each step."
+    def before_fit(self, trainer): self.seen = []
+    def after_step(self, trainer): self.seen.append(ends(trainer.model))
+
+
+def ends(model): return type(model.get_input_embeddings()), type(model.get_output_embeddings())
+
+
+@pytest.mark.parametrize("how", [{}, dict(accumulate=1), dict(eval_every=3, save_every=4, overwrite=True), dict(precision="bf16")])
+def test_a_head_on_the_host_changes_no_bit(monkeypatch, tmp_path, how):
+    def made():
+        trainer = lora_trainer(**how)
+        if "save_every" in how: trainer.eval_rows, trainer.work_dir = trainer.rows, tmp_path/str(len(list(tmp_path.iterdir())))
+        return trainer
+    plain = made()
+    run = plain.fit()
+    trainer, places = on_host(made(), monkeypatch, head=True), Places()
+    trainer.callbacks.append(places)
+    assert untimed(trainer.fit().history) == untimed(run.history)
+    assert set(places.seen) == {(HostEmbedding, HostHead)}
+    assert ends(trainer.model) == (torch.nn.Embedding, torch.nn.Linear)
+    want, got = plain.model.state_dict(), trainer.model.state_dict()
+    assert want.keys() == got.keys() and all(torch.equal(want[k], got[k]) for k in want)
+    plain.step = trainer.step = 0  # and the same once more
+    assert untimed(trainer.fit().history) == untimed(plain.fit().history)
+    assert len(places.seen) and set(places.seen) == {(HostEmbedding, HostHead)}
+
+
+def test_a_head_without_room_stays_on_the_host(monkeypatch, capfd, tmp_path):
+    plain = lora_trainer()
+    run = plain.fit()
+    trainer, real, full = on_host(lora_trainer(), monkeypatch, head=True), kept._set_end, [True]
+    def back(model, module, head):
+        if full[0] and head and type(module) is torch.nn.Linear: raise AssertionError
+        real(model, module, head)
+    monkeypatch.setattr(kept, "_set_end", back)
+    to = torch.Tensor.to
+    def no_room(self, *args, **kw):
+        head = trainer.model.get_output_embeddings()
+        if full[0] and isinstance(head, HostHead) and self is head.weight and not kw:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB.")
+        return to(self, *args, **kw)
+    monkeypatch.setattr(torch.Tensor, "to", no_room)
+    assert untimed(trainer.fit().history) == untimed(run.history)
+    assert "no room for the head" in capfd.readouterr().err
+    model, ids = trainer.model, torch.tensor([[3, 4, 5]])
+    assert ends(model) == (torch.nn.Embedding, HostHead)
+    with torch.no_grad(): assert torch.equal(model(ids).logits, plain.model(ids).logits)
+    assert step_shape(model, 8).fetched == model.get_output_embeddings().weight.nbytes
+    model.save_pretrained(tmp_path)
+    assert untimed(trainer.fit().history) is not None  # another run with it there
+    full[0] = False
+    assert planner.back_on_device(model) and ends(model) == (torch.nn.Embedding, torch.nn.Linear)
+
+
+def test_heads_that_stay():
+    def rungs(model):
+        with torch.device("meta"): model = add_lora(model, LoraConfig(r=4))
+        assert speed_up(model.train())
+        return plan_memory(model, 2048).rungs
+    free = empty_model("llama3_8b", torch.bfloat16)
+    assert sum(r.head for r in rungs(free)) == 3
+    trained = empty_model("llama3_8b", torch.bfloat16)
+    with torch.device("meta"): add_lora(trained, LoraConfig(r=4, modules_to_save=("lm_head",)))
+    assert speed_up(trained.train()) and not any(r.head for r in plan_memory(trained, 2048).rungs)
+    with torch.device("meta"):
+        config = free.config.__class__(**{**free.config.to_dict(), "tie_word_embeddings": True})
+        tied = LlamaForCausalLM(config)
+        tied.tie_weights()
+    assert not any(r.head or r.host for r in rungs(tied))
+    assert not any(r.head for r in plan_memory(made("lora"), 2048).rungs)  # on a CPU nothing is moved
+
+
+def test_a_head_that_comes_for_the_loss_counts_there():
+    model = empty_model("llama3_8b", torch.bfloat16)
+    with torch.device("meta"): add_lora(model, LoraConfig(r=16))
+    assert speed_up(model.train())
+    plan = plan_memory(model, 2048, optimizer="paged_adamw_8bit")
+    at = next(i for i, r in enumerate(plan.rungs) if r.head)
+    there, gone = (dict(plan.peak_at(i).line) for i in (at - 3, at))
+    n = 128256*4096*2
+    assert all(there[k]["weights"] - gone[k]["weights"] == n for k in there)
+    assert {k: gone[k]["loss"] - there[k]["loss"] for k in there} == {k: n*(k == "loss") for k in there}
+    assert 0 < plan.passing(at - 3) - plan.passing(at) < n  # it is there for the loss of an evaluation as well
+
+
+def test_what_attention_works_in_on_a_gpu():
+    for name, each in ("llama2_7b", 4), ("llama3_8b", 8):
+        model = empty_model(name, torch.bfloat16)
+        with torch.device("meta"): add_lora(model, LoraConfig(r=16))
+        assert speed_up(model.train())
+        assert all(s.space == each*4096 for s in step_shape(model, 2048).layers)
+    assert all(s.space == 0 for s in step_shape(made("lora"), 2048).layers)
+
+
+def test_segments_grow_where_a_head_comes_and_goes(monkeypatch):
+    said = []
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda.memory, "_set_allocator_settings", said.append)
+    for k in kept._CONFIGS: monkeypatch.delenv(k, raising=False)
+    for wanted in (False, True, True, False, False): kept.grow_segments(wanted)
+    assert said == ["expandable_segments:True", "expandable_segments:False"]
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    kept.grow_segments(True)
+    assert len(said) == 2
+
+
 def test_other_errors_of_the_way_back_pass(monkeypatch):
     trainer = on_host(lora_trainer(max_steps=1), monkeypatch)
     real = torch.Tensor.to
@@ -517,19 +626,20 @@ def test_other_errors_of_the_way_back_pass(monkeypatch):
 
 
 @pytest.mark.parametrize("anew", [False, True])
-def test_slowed_down_within_a_run(monkeypatch, anew):
+@pytest.mark.parametrize("head", [False, True])
+def test_slowed_down_within_a_run(monkeypatch, anew, head):
     class Slow(Callback):
         def after_step(self, trainer):
             if trainer.step != 2: return
             fast.slow_down(trainer.model)
             if anew: assert speed_up(trainer.model)
     plain = lora_trainer().fit()
-    trainer = on_host(lora_trainer(), monkeypatch)
+    trainer = on_host(lora_trainer(), monkeypatch, head=head)
     trainer.callbacks.append(Slow())
     run = trainer.fit()
     losses = lambda r: torch.tensor(r.curve()[1])
     torch.testing.assert_close(losses(run), losses(plain), rtol=0.05, atol=0)  # other dropout
-    assert type(trainer.model.get_input_embeddings()) is torch.nn.Embedding
+    assert ends(trainer.model) == (torch.nn.Embedding, torch.nn.Linear)
     assert fast.is_fast(trainer.model) == anew
 
 
