@@ -266,9 +266,13 @@ class _OnHost:
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         destination[prefix + "weight"] = self.weight
+        super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def _load_from_state_dict(self, state, prefix, local, strict, missing, unexpected, errors):
-        if (new := state.get(prefix + "weight")) is None: missing.append(prefix + "weight")
+        new,rest = state.get(prefix + "weight"),dict(state)
+        rest.pop(prefix + "weight", None)
+        super()._load_from_state_dict(rest, prefix, local, strict, missing, unexpected, errors)
+        if new is None: missing.append(prefix + "weight")
         elif new.shape == self.weight.shape: self.weight.copy_(new)
         else: errors.append(f"{prefix}weight: {tuple(new.shape)}, not {tuple(self.weight.shape)}")
 
