@@ -233,7 +233,7 @@ def main():
     add("--timeout", type=float, default=600, help="seconds for one process, with its waiting")
     add("--ahead", type=int, default=1, help="processes that get ready while another one measures")
     add("--rounds", type=int, default=1)
-    add("--steps", type=int, default=6)
+    add("--steps", type=int, default=9)
     add("--profile", type=int, default=0, help="steps of ftkit's after the timed ones, to say on "
                                               "stderr where their time goes")
     add("--parity", type=int, nargs="?", const=20, help="compare losses and gradients, not times")
