@@ -33,14 +33,14 @@ def row(mode, gc, shape=LLAMA3, peers=("unsloth", "ftkit"), ours=None, like=None
 
 OURS, ONE = ("ftkit",), dict(batch=1, opt="paged8")
 ROWS = {
-    "lora": row("lora", "0", peers=PEERS, ours=dict(cap=46)),
+    "lora": row("lora", "0", peers=PEERS, ours=dict(cap=46.5)),
     "lora_gc": row("lora", "1", peers=PEERS),
-    "qlora": row("qlora", "0", ours=dict(gc="auto", cap=36)),
+    "qlora": row("qlora", "0", ours=dict(gc="auto", cap=36.8)),
     "qlora_gc": row("qlora", "1", peers=PEERS),
     "planner": row("qlora", "1", peers=OURS, like="qlora_gc", ours=dict(gc="auto")),
     "fp8": row("lora", "0", peers=OURS, like="lora", ours=dict(mode="fp8")),
     "long": row("qlora", "1", batch=2, seq=8192),
-    "lora_r64": row("lora", "0", r=64, ours=dict(cap=47.5)),
+    "lora_r64": row("lora", "0", r=64, ours=dict(cap=47.9)),
     "full": row("full", "1", peers=("liger", "ftkit"), ours=dict(gc="auto", opt="adamw16")),
     "full_48": row("full", "1", peers=OURS, like="full",
                    ours=dict(gc="auto", cap=48, opt="adamw8", early=True)),
@@ -52,7 +52,7 @@ ROWS = {
                    opt="paged8"),
     "packed": row("qlora", "1", peers=("hf", "unsloth", "ftkit"), batch=1, seq=8192, packed=600,
                   mask=0.5),
-    "qwen7b": row("lora", "0", QWEN, PEERS, dict(cap=46)),
+    "qwen7b": row("lora", "0", QWEN, PEERS, dict(cap=46.5)),
     "qwen7b_gc": row("qlora", "1", QWEN),
     "small": row("lora", "0", "qwen2.5-0.5b", PEERS, batch=1),
     "big": row("qlora", "1", "llama3-70b-nf4", batch=1)}
@@ -233,7 +233,7 @@ def main():
     add("--timeout", type=float, default=600, help="seconds for one process, with its waiting")
     add("--ahead", type=int, default=1, help="processes that get ready while another one measures")
     add("--rounds", type=int, default=1)
-    add("--steps", type=int, default=6)
+    add("--steps", type=int, default=9)
     add("--profile", type=int, default=0, help="steps of ftkit's after the timed ones, to say on "
                                               "stderr where their time goes")
     add("--parity", type=int, nargs="?", const=20, help="compare losses and gradients, not times")

@@ -31,8 +31,8 @@ def arguments():
     add("--seq", type=int, default=2048)
     add("--packed", type=int, default=0,
         help="mean length of samples of uneven length; --seq is the longest")
-    add("--steps", type=int, default=6)
-    add("--warmup", type=int, default=3)
+    add("--steps", type=int, default=9)
+    add("--warmup", type=int, default=4)
     add("--r", type=int, default=16)
     add("--opt", choices=("adamw", "paged8", *OURS), default="adamw",
         help="AdamW in the type of the weights, or paged in 8 bits; ftkit's own of 16 and 8")

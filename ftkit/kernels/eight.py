@@ -99,9 +99,9 @@ def _facts(base):
 # %% ../../nbs/72_kernels.eight.ipynb #4e40f459
 SHARE = 8 # Of the columns of a product, at most one in so many is LoRA's
 
-def _joins(ranks, columns, outputs):
+def _joins(ranks, columns, outputs, least):
     "Whether LoRA's product is to be a part of the one with the weights."
-    return 0 < 3*ranks*SHARE <= columns and outputs >= 2*columns
+    return 0 < 3*ranks*SHARE <= columns and outputs > least*columns
 
 # %% ../../nbs/72_kernels.eight.ipynb #ad556779
 class EightProjection(Projection):
@@ -121,9 +121,10 @@ class EightProjection(Projection):
         if self.keep not in ("both", "one", "none"):
             raise FtkitError(f"{keep!r} is no way to keep codes", where="keep",
                              fix="Use 'both', 'one' or 'none'")
-        self.joined = _joins(self.R, self.K, self.N), back and _joins(self.R, self.N, self.K)
+        R,K,N = self.R,self.K,self.N
+        self.joined = _joins(R, K, N, 1), back and _joins(R, N, K, 0.5)
         self.shapes = [(rows, columns + 3*self.R*more) for rows,columns,more in zip(
-            (self.N, self.K), (self.K, self.N), self.joined)] # of the codes, there and back
+            (N, K), (K, N), self.joined)] # of the codes, there and back
         self.state = self.scales = self.steps = None
         self.device,self.held,self.copies,self.sent = _memory(self.parts[0].base).device,{},{},False
         able = self.keep == "both" and self.back and not self.quantized

@@ -68,10 +68,17 @@ def _small(small, steps, row, stride, ranks, SMALL:tl.constexpr):
     return v*tl.load(steps + k, mask=k < ranks, other=0.)
 
 @jit
+def _high(v):
+    "The nearest number of e4m3, by an addition that leaves no room for more bits."
+    e = tl.maximum((v.to(tl.int32, bitcast=True) >> 23) & 255, 121) + 20 # 2^-6 is the last full one
+    large = ((e << 23) | 0x400000).to(tl.float32, bitcast=True)
+    return (v + large) - large
+
+@jit
 def _store_small(codes, v, ranks, SMALL:tl.constexpr):
     k = tl.arange(0, SMALL)
-    high = v.to(codes.dtype.element_ty)
-    low = (v - high.to(tl.float32)).to(codes.dtype.element_ty)
+    high = _high(v)
+    low,high = (v - high).to(codes.dtype.element_ty),high.to(codes.dtype.element_ty)
     tl.store(codes + k, high, mask=k < ranks)
     tl.store(codes + ranks + k, low, mask=k < ranks)
     tl.store(codes + 2*ranks + k, high, mask=k < ranks)
@@ -188,8 +195,8 @@ def _beside_kernel(v, top, scales, codes, steps, rows, ranks, row_by, rank_by, o
     x = tl.load(v + r[:, None]*row_by + k[None, :]*rank_by, mask=there, other=0.).to(tl.float32)
     if SCALES: x /= tl.load(scales + r, mask=r < rows, other=1.)[:, None]
     x *= tl.where(none, 0., 1/tl.where(none, 1., step))[None, :]
-    high = x.to(codes.dtype.element_ty)
-    low = (x - high.to(tl.float32)).to(codes.dtype.element_ty)
+    high = _high(x)
+    low,high = (x - high).to(codes.dtype.element_ty),high.to(codes.dtype.element_ty)
     at = codes + r[:, None]*out_stride + k[None, :]
     tl.store(at, high, mask=there)
     tl.store(at + ranks, high, mask=there)
