@@ -80,20 +80,19 @@ def layer_shape(layer,         # `decoder.Layer`
                 gpu:bool=False # Whether it is, or will be, on a GPU
                )->LayerShape:
     "The widths of a layer, read off its projections."
-    a,m = layer.attention,layer.mlp
-    parts = layer.projections
+    a,m,parts = layer.attention,layer.mlp,layer.projections
     ranks = tuple(p.R if p.enabled else 0 for p in parts) + (0,)*(4 - len(parts))
     copies = a.factor != 1, bool(m and m.factor != 1)
     trained,bytes_of = layer.trainable,lambda ps: sum(p.nbytes for p in ps)
     made = (*(bytes_of(p.trainable) for p in parts), 0, 0)[:4]
     biggest = max((p.N*4*max(p.R, 1) if p.R else 0 for p in parts), default=0)
-    space = 4*a.o.K + 4*a.o.K*(a.kv_heads < a.heads)
+    space = gpu*4*a.o.K*(1 + (a.kv_heads < a.heads))
     thin = [p.ranks.stop - p.ranks.start for p in m.gate_up.parts if p.lora] if m else []
     return LayerShape(a.qkv.K, a.qkv.N, a.o.K, a.heads, m.down.K if m else 0,
                       m.gate_up.N if m else 0, ranks, copies,
-                      bytes_of(trained), made, biggest, module,
-                      (bool(a.after), bool(m and m.after)), bool(a.qk),
-                      getattr(a.qkv, "takes_codes", False), space*gpu, max(thin, default=0))
+                      bytes_of(trained), made, biggest, module, (bool(a.after),
+                      bool(m and m.after)), bool(a.qk), getattr(a.qkv, "takes_codes", False),
+                      space, max(thin, default=0))
 
 # %% ../nbs/83_peaks.ipynb #f01cc347
 def host_bytes(s, saving:Saving, tokens:int, size:int=2)->dict: # What → bytes
@@ -382,8 +381,7 @@ def step_shape(model,            # One that `speed_up` has taken
                stays:bool=False  # Whether gradients keep their memory from step to step
               )->StepShape:
     "The facts of a model that decide the memory of a step."
-    inner = find_decoder(model)
-    fast = inner.__dict__.get("_fast") if inner is not None else None
+    fast = getattr(find_decoder(model), "__dict__", {}).get("_fast")
     if fast is None or not fast.parts:
         raise FtkitError("its layers are not trained by hand", where=type(model).__name__,
                          fix="Call speed_up(model) first, or use predict_memory")
@@ -424,8 +422,8 @@ def _ends(model, dtype):
     end,table = model.get_output_embeddings(),model.get_input_embeddings().weight
     head,count = end.weight,lambda t: t.nbytes if t.requires_grad else 0
     out = dict(vocab=head.shape[0], head=count(head), table=0 if head is table else count(table),
-               fetched=head.nbytes*isinstance(end, HostHead))
-    out["head_copy"] = 0 if head.dtype == dtype else head.numel()*dtype.itemsize
+               fetched=head.nbytes*isinstance(end, HostHead),
+               head_copy=0 if head.dtype == dtype else head.numel()*dtype.itemsize)
     return out if plain_head(model) else {**out, "room": 2**62}
 
 def _factors(projections, dtype):
