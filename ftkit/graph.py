@@ -289,15 +289,16 @@ def _mark(self:StepGraphs):
 @patch
 def worth(self:StepGraphs, share)->bool:
     "Whether a recording may pay, and there is memory for it."
-    if not self.insist and share < PAYS: return False
-    if self.recorder is not Graph: return True
     here,fit = self.trainer.device,self._fit()
+    short = fit and fit.plan and fit.plan.rung.cut # of memory: nothing may stay for a recording
+    if not self.insist and (short or share < PAYS): return False
+    if self.recorder is not Graph: return True
     held,most = torch.cuda.memory_allocated(here),torch.cuda.max_memory_allocated(here)
     beside = forward_bytes(fit.plan.peak) if self.trainer.eval_rows and fit and fit.plan else 0
     if not self.grads: beside += sum(p.grad.nbytes for p in self.trainer.parameters
                                      if p.grad is not None) # which will be there all the time
     free = free_memory(here, fit and fit.limit) - held - self.held
-    if free > 1.02*(most - held) - self.held + beside: return True
+    if free > 1.01*(most - held) - self.held + beside: return True
     self.stop("there is not enough memory for a recording")
     return False
 

@@ -191,6 +191,7 @@ def plan_memory(model:nn.Module, # Sped up
         held = [p for part in parts[:r.held] for p in part.projections if p.packed]
         return replace(base, room=base.room or r.room,
                        library=SMALL*bool(base.library) if r.cut else base.library,
+                       stays=base.stays and not r.cut, # for nothing is recorded there
                        weights=base.weights - now - free*r.host - head*r.head
                                + copied_bytes(held, dtype),
                        fetched=base.fetched or head*r.head,

@@ -416,7 +416,7 @@ def test_layers_that_share_memory_have_factors_of_their_own():
     x = randn(17, 512)
     for _ in range(2):
         for p in a, b: assert off(p.project(x)[0], Projection(p.modules).project(x)[0]) < 0.045
-    p = EightProjection(modules := wide(1024))
+    p = EightProjection(modules := wide(1024), wait=False)
     p.hold(torch.float32)
     edges, written = Edges([p]), []
     for i in range(3):

@@ -1,5 +1,5 @@
 "The loop on real (tiny) language models: normalisation, precision, bad input."
-import math, subprocess, sys
+import math, signal, subprocess, sys
 
 import numpy as np
 import pytest, torch
@@ -208,6 +208,17 @@ def test_error_in_a_callback_closes_the_others():
     trainer = tiny_trainer(callbacks=[Fails(), Watches()])
     with pytest.raises(ZeroDivisionError): trainer.fit()
     assert closed == [1] and not trainer.model.training
+
+
+def test_error_at_the_end_of_a_callback_leaves_none_open():
+    before, closed = signal.getsignal(signal.SIGINT), []
+    class Fails(Callback):
+        def on_stop(self, trainer): raise ZeroDivisionError
+    class Watches(Callback):
+        def on_stop(self, trainer): closed.append(trainer.step)
+    trainer = tiny_trainer(callbacks=[Watches(), Fails(), Watches()])
+    with pytest.raises(ZeroDivisionError): trainer.fit()
+    assert closed == [trainer.step]*2 and signal.getsignal(signal.SIGINT) == before
 
 
 def test_packed_rows_learn_what_single_rows_learn():

@@ -407,7 +407,7 @@ def fit(self:Trainer,
         self.accelerator.wait_for_everyone()
         self.start(resume)
         stack.enter_context(self.training_mode())
-        stack.callback(self.call, "on_stop")
+        for c in reversed(self.callbacks): stack.callback(c.on_stop, self) # all, if one fails too
         self.call("before_fit")
         if not self.step: self.evaluate()
         todo,n = range(self.step, self.total_steps),self.cfg.prefetch
