@@ -55,21 +55,24 @@ def _score_kernel(logits, targets, counts, losses, hits, stride, vocab, scale, c
     count = tl.load(counts + row).to(tl.float32) if COUNTS else 1.
     count = tl.where(target == -100, 0., count)
     wanted = _bent(tl.load(logits + target, mask=known, other=float("nan")), scale, cap, CAP)
-    top,total,beaten = float("-inf"),0.,0
+    most,sums = tl.full([BLOCK], -3e38, tl.float32),tl.zeros([BLOCK], tl.float32) # of each lane
+    beaten = tl.zeros([BLOCK], tl.int32)
     for start in range(0, vocab, BLOCK):
         column = start + at
         z = _bent(tl.load(logits + column, mask=column < vocab, other=0), scale, cap, CAP)
         z = tl.where(column < vocab, z, float("-inf"))
-        higher = tl.maximum(top, tl.max(z, 0))
-        total = total*tl.exp(top - higher) + tl.sum(tl.exp(z - higher), 0)
-        top = higher # of equals the first one is the guess
-        beaten += tl.sum(((z > wanted) | ((z == wanted) & (column < target))).to(tl.int32), 0)
+        less = tl.exp(-tl.abs(z - most)) # of the two, the larger one counts as 1
+        sums = tl.where(z > most, sums*less + 1, sums + less)
+        most = tl.maximum(most, z) # of equals the first one is the guess
+        beaten += ((z > wanted) | ((z == wanted) & (column < target))).to(tl.int32)
+    top,beaten = tl.max(most, 0),tl.sum(beaten, 0)
+    total = tl.sum(sums*tl.exp(most - top), 0)
     logsum = top + tl.log(total)
     tl.store(losses + row, tl.where(target == -100, 0., count*(logsum - wanted)))
     tl.store(hits + row, tl.where(known & (beaten == 0), count, 0.))
     if GRAD:
-        for start in range(0, vocab, BLOCK):
-            column = start + at
+        for i in range(0, vocab, BLOCK): # backwards: what was read last may be in the cache yet
+            column = (vocab - 1)//BLOCK*BLOCK - i + at
             z = _bent(tl.load(logits + column, mask=column < vocab, other=0), scale, cap, CAP)
             grad = tl.exp(z - logsum) - tl.where(column == target, 1., 0.)
             if CAP: grad *= 1 - (z/cap)*(z/cap)
@@ -90,7 +93,7 @@ def score_(logits:Tensor,      # What the head says, [rows, vocab]; becomes the 
         return _by_formula(logits, targets, losses, hits, counts, scale, softcap, grad)
     (rows,vocab),targets = logits.shape,targets.contiguous() # a kernel reads them in a row
     counts = None if counts is None else counts.contiguous()
-    block = min(triton.next_power_of_2(vocab), 8192)
+    block = min(triton.next_power_of_2(vocab), 4096)
     with on(logits):
         _score_kernel[rows,](logits, targets, losses if counts is None else counts, losses, hits,
                              row_stride(logits), vocab, scale, softcap or 0.,
