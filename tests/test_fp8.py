@@ -232,6 +232,17 @@ def test_the_gated_middle_in_place(width, dtype):
     assert (made[:, 2*width:] == -1).all()
 
 
+@pytest.mark.parametrize("rows", (1025, 4099))
+def test_rows_of_the_middle_that_share_a_program(rows):
+    gate_up, dh, factors = randn(rows, 80), randn(rows, 40, seed=1), randn(80, seed=2).abs()
+    theirs, again = glu_backward(dh, gate_up), glu_forward(gate_up)
+    with kernels(): d, codes, scales = glu_backward_codes(dh, gate_up, factors, out=gate_up, h=dh,
+                                                          codes=torch.empty_like(gate_up))
+    assert_close(d, theirs, rtol=1e-4, atol=1e-5)
+    assert_close(dh, again, rtol=1e-4, atol=1e-5)
+    same((codes, scales), to_fp8(d, factors), 0.99)
+
+
 @cuda
 def test_compiled_kernels_round_as_pytorch():
     x = randn(300, 4096, dtype=torch.bfloat16)
@@ -295,11 +306,11 @@ norm = compiled(_norm_codes_kernel, "x:*bf16 residual:*bf16 weight:*bf16 y:*bf16
 there = typed(_codes_kernel, **bf16("gate up h"), **fp32("scales"), **fp8("codes"))
 back = typed(_codes_back_kernel, **bf16("dh gate up dgate dup h"), **fp32("fg fu scales"),
              **fp8("cg cu"))
-how = dict(ACT="silu", STEPS=7, BLOCK=2048)
+how, shared = dict(ACT="silu", STEPS=7, BLOCK=2048), dict(ACT="silu", STEPS=28, ROWS=4, BLOCK=512)
 for arch in 89, 90:
     many.append(compiled(_codes_kernel, there, 8, arch, **how))
     for again in True, False: many.append(compiled(_codes_back_kernel, back, 8, arch, AGAIN=again,
-                                                   **how))
+                                                   **shared))
 compiled(_onto_kernel, typed(_onto_kernel, factor="fp32", **bf16("y x b residual out")), 4, RANK=16,
          HOW="ieee", M=64, N=64)
 for k in norm, *many:

@@ -52,12 +52,12 @@ def need_fp8(device, *widths:int)->None:
 
 # %% ../../nbs/14_kernels.fp8.ipynb #c837d2b7
 @jit
-def _row_scale(largest, scales, row):
-    "Write the scale of a row with this largest magnitude; its inverse comes back."
+def _row_scale(largest, scales, row, there=None):
+    "Write the scale of a row (or of rows) with this largest magnitude; its inverse comes back."
     scale = largest*(1/448.)
     none = scale < 1.1754943508222875e-38 # `SMALLEST`
     scale = tl.where(none, 1., scale)
-    tl.store(scales + row, scale)
+    tl.store(scales + row, scale, mask=there)
     return tl.where(none, 0., tl.div_rn(1., scale))
 
 # %% ../../nbs/14_kernels.fp8.ipynb #ea217c43

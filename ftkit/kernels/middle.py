@@ -48,6 +48,13 @@ def _steps(width):
     block = min(2048, triton.next_power_of_2(width))
     return dict(BLOCK=block, STEPS=triton.cdiv(width, block), num_warps=max(1, block//256))
 
+def _shared_steps(rows, width):
+    "The same for programs of several rows, as many as leave enough programs."
+    many = 4 if rows >= 4096 else 2 if rows >= 1024 else 1
+    block = min(2048//many, triton.next_power_of_2(width))
+    return dict(ROWS=many, BLOCK=block, STEPS=triton.cdiv(width, block),
+                num_warps=max(1, many*block//256))
+
 # %% ../../nbs/70_kernels.middle.ipynb #32bf30b9
 def glu_codes(gate_up:Tensor,      # [tokens, 2*width]: gate, then up
               act:str="silu",      # "silu", "gelu_tanh" or "gelu"
@@ -72,14 +79,15 @@ def glu_codes(gate_up:Tensor,      # [tokens, 2*width]: gate, then up
 
 # %% ../../nbs/70_kernels.middle.ipynb #bf5f5e6d
 @jit
-def _codes_back_kernel(dh, gate, up, dgate, dup, h, fg, fu, cg, cu, scales, width, ds, gs, os, hs,
-                       cs, ACT:tl.constexpr, AGAIN:tl.constexpr, STEPS:tl.constexpr,
-                       BLOCK:tl.constexpr):
-    row,at = tl.program_id(0).to(tl.int64),tl.arange(0, BLOCK)
-    largest = tl.zeros([BLOCK], tl.float32)
+def _codes_back_kernel(dh, gate, up, dgate, dup, h, fg, fu, cg, cu, scales, rows, width, ds, gs, os,
+                       hs, cs, ACT:tl.constexpr, AGAIN:tl.constexpr, STEPS:tl.constexpr,
+                       ROWS:tl.constexpr, BLOCK:tl.constexpr):
+    r,at = tl.program_id(0)*ROWS + tl.arange(0, ROWS),tl.arange(0, BLOCK)
+    row,here = r.to(tl.int64)[:, None],(r < rows)[:, None]
+    largest = tl.zeros([ROWS, BLOCK], tl.float32)
     for step in range(STEPS):
-        to = step*BLOCK + at
-        there = to < width
+        to = (step*BLOCK + at)[None, :]
+        there = here & (to < width)
         d = tl.load(dh + row*ds + to, mask=there, other=0.).to(tl.float32)
         g = tl.load(gate + row*gs + to, mask=there, other=0.).to(tl.float32)
         u = tl.load(up + row*gs + to, mask=there, other=0.).to(tl.float32)
@@ -89,22 +97,23 @@ def _codes_back_kernel(dh, gate, up, dgate, dup, h, fg, fu, cg, cu, scales, widt
         g = (d*g*share).to(dup.dtype.element_ty)   # and that of up
         tl.store(dgate + row*os + to, u, mask=there)
         tl.store(dup + row*os + to, g, mask=there)
-        u = tl.abs(u.to(tl.float32)*tl.load(fg + to, mask=there, other=0.))
-        g = tl.abs(g.to(tl.float32)*tl.load(fu + to, mask=there, other=0.))
+        u = tl.abs(u.to(tl.float32)*tl.load(fg + to, mask=to < width, other=0.))
+        g = tl.abs(g.to(tl.float32)*tl.load(fu + to, mask=to < width, other=0.))
         largest = tl.maximum(largest, tl.maximum(u, g))
-    inverse = _row_scale(tl.max(largest, 0), scales, row)
+    inverse = _row_scale(tl.max(largest, 1), scales, r, r < rows)[:, None]
     tl.debug_barrier()
     for step in range(STEPS):
-        to = step*BLOCK + at
-        _recode(dgate + row*os, fg, cg + row*cs, inverse, to, width)
-        _recode(dup + row*os, fu, cu + row*cs, inverse, to, width)
+        to = (step*BLOCK + at)[None, :]
+        _recode(dgate + row*os, fg, cg + row*cs, inverse, to, width, here)
+        _recode(dup + row*os, fu, cu + row*cs, inverse, to, width, here)
 
 # %% ../../nbs/70_kernels.middle.ipynb #5ea2f5dd
 @jit
-def _recode(x, factors, codes, inverse, to, width):
-    v = tl.load(x + to, mask=to < width, other=0.).to(tl.float32)
+def _recode(x, factors, codes, inverse, to, width, here):
+    there = here & (to < width)
+    v = tl.load(x + to, mask=there, other=0.).to(tl.float32)
     v *= tl.load(factors + to, mask=to < width, other=0.)
-    tl.store(codes + to, (v*inverse).to(codes.dtype.element_ty), mask=to < width)
+    tl.store(codes + to, (v*inverse).to(codes.dtype.element_ty), mask=there)
 
 # %% ../../nbs/70_kernels.middle.ipynb #213470b1
 def glu_backward_codes(dh:Tensor,           # Gradient of the result, [tokens, width]
@@ -129,7 +138,8 @@ def glu_backward_codes(dh:Tensor,           # Gradient of the result, [tokens, w
     strides = (_like(dh, gate.shape, "dh"), row_stride(gate_up), _like(out, gate_up.shape, "out"),
                _like(h, gate.shape, "h") if again else 0, _like(codes, gate_up.shape, "codes"))
     if rows:
-        with on(gate): _codes_back_kernel[rows,](
-            dh, gate, up, dgate, dup, h if again else dh, fg, fu, cg, cu, scales, width, *strides,
-            ACT=act, AGAIN=again, **_steps(width))
+        how = _shared_steps(rows, width)
+        with on(gate): _codes_back_kernel[triton.cdiv(rows, how["ROWS"]),](
+            dh, gate, up, dgate, dup, h if again else dh, fg, fu, cg, cu, scales, rows, width,
+            *strides, ACT=act, AGAIN=again, **how)
     return out, codes, scales
