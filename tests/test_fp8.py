@@ -232,6 +232,18 @@ def test_the_gated_middle_in_place(width, dtype):
     assert (made[:, 2*width:] == -1).all()
 
 
+@pytest.mark.parametrize("spare", (0, 80, 128))
+def test_columns_to_spare_become_zeros(spare):
+    "So that a row of codes is whole tiles."
+    x, small, steps = randn(5, 100), randn(5, 16, seed=1), randn(16, seed=2).abs()
+    for way in kernels, nullcontext:
+        codes = torch.full((5, 148 + spare), 7., device=DEVICE)
+        with way(): quantize_rows(x, None, codes, beside=(small, steps))
+        assert (codes[:, 148:] == 0).all() and (codes[:, 100:148] != 7).any()
+    with pytest.raises(ValueError, match="at most 128 more"):
+        quantize_rows(x, None, torch.empty(5, 300, device=DEVICE), beside=(small, steps))
+
+
 @pytest.mark.parametrize("rows", (1025, 4099))
 def test_rows_of_the_middle_that_share_a_program(rows):
     gate_up, dh, factors = randn(rows, 80), randn(rows, 40, seed=1), randn(80, seed=2).abs()

@@ -97,7 +97,7 @@ def _facts(base):
     return w.data_ptr(), 0 if w.is_inference() else w._version
 
 # %% ../../nbs/72_kernels.eight.ipynb #4e40f459
-SHARE = 8 # Of the columns of a product, at most one in so many is LoRA's
+SHARE,TILE = 8,128 # At most one column in so many is LoRA's; columns are whole times the latter
 
 def _joins(ranks, columns, outputs, least):
     "Whether LoRA's product is to be a part of the one with the weights."
@@ -123,7 +123,8 @@ class EightProjection(Projection):
                              fix="Use 'both', 'one' or 'none'")
         R,K,N = self.R,self.K,self.N
         self.joined = _joins(R, K, N, 1), back and _joins(R, N, K, 0.5)
-        self.shapes = [(rows, columns + 3*self.R*more) for rows,columns,more in zip(
+        room = -(-3*R//TILE)*TILE
+        self.shapes = [(rows, columns + room*more) for rows,columns,more in zip(
             (N, K), (K, N), self.joined)] # of the codes, there and back
         self.state = self.scales = self.steps = None
         self.device,self.held,self.copies,self.sent = _memory(self.parts[0].base).device,{},{},False
@@ -178,7 +179,7 @@ def _fill(self:EightProjection, out, turned):
 @torch.no_grad()
 def codes(self:EightProjection,
           turned=False # Transposed, for the way back
-         )->Tensor:    # [N, K]; [K, N] if turned; 3R columns more where LoRA is joined
+         )->Tensor:    # [N, K]; [K, N] if turned; more columns where LoRA is joined
     "The weights' codes, all layers' side by side."
     self.prepare()
     if turned in self.held: return self.held[turned]
@@ -187,6 +188,7 @@ def codes(self:EightProjection,
     out = self.scratch.take(key, *shape, E4M3, device)
     if not self.scratch.took(key, self, self.state):
         self._fill(out, turned)
+        if self.joined[turned]: out.view(torch.uint8)[:,(self.K, self.N)[turned]:].zero_()
         self.stamps[turned] = None # another one's factors may be there
     return out
 
@@ -240,7 +242,8 @@ def _beside(self:EightProjection, V, codes, turned):
     now = self.shared.turn if self.shared and V is self.views else None
     if now is None or self.stamps[turned] is not now:
         v,scales = (V.A.T, None) if turned else (V.sB, self.scales)
-        codes_beside(v, codes[:,-3*self.R:], self.steps[int(turned)], scales)
+        first = self.N if turned else self.K
+        codes_beside(v, codes[:,first:first + 3*self.R], self.steps[int(turned)], scales)
         self.stamps[turned] = now
     return self.steps[int(turned)]
 
@@ -250,7 +253,8 @@ def _pair(self:EightProjection, x, codes, small, V, turned=False):
     w,factors = self.codes(turned),self.column_factors if turned else None
     if not self.joined[turned]: return codes or quantize_rows(x, factors), w
     if small is not None:
-        return quantize_rows(x, factors, beside=(small, self._beside(V, w, turned))), w
+        wide = torch.empty(len(x), w.shape[1], dtype=E4M3, device=x.device)
+        return quantize_rows(x, factors, wide, beside=(small, self._beside(V, w, turned))), w
     wide = torch.zeros(len(x), w.shape[1], dtype=E4M3, device=x.device) # LoRA counts for nothing
     return (wide, quantize_rows(x, factors, wide[:,:x.shape[1]])[1]), w
 

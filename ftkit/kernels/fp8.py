@@ -75,8 +75,10 @@ def _high(v):
     return (v + large) - large
 
 @jit
-def _store_small(codes, v, ranks, SMALL:tl.constexpr):
-    k = tl.arange(0, SMALL)
+def _store_small(codes, v, ranks, spare, SMALL:tl.constexpr):
+    k,z = tl.arange(0, SMALL),tl.arange(0, 128)
+    tl.store(codes + 3*ranks + z, tl.zeros([128], tl.float32).to(codes.dtype.element_ty),
+             mask=z < spare)
     high = _high(v)
     low,high = (v - high).to(codes.dtype.element_ty),high.to(codes.dtype.element_ty)
     tl.store(codes + k, high, mask=k < ranks)
@@ -85,7 +87,7 @@ def _store_small(codes, v, ranks, SMALL:tl.constexpr):
 
 # %% ../../nbs/14_kernels.fp8.ipynb #d7760b37
 @jit
-def _rows_kernel(x, factors, small, steps, codes, scales, width, ranks, stride, small_stride,
+def _rows_kernel(x, factors, small, steps, codes, scales, width, ranks, spare, stride, small_stride,
                  out_stride, FACTORS:tl.constexpr, SMALL:tl.constexpr, BLOCK:tl.constexpr):
     row,at = tl.program_id(0).to(tl.int64),tl.arange(0, BLOCK)
     v = tl.load(x + row*stride + at, mask=at < width, other=0).to(tl.float32)
@@ -96,12 +98,13 @@ def _rows_kernel(x, factors, small, steps, codes, scales, width, ranks, stride, 
         largest = tl.maximum(largest, tl.max(tl.abs(s), 0))
     inverse = _row_scale(largest, scales, row)
     tl.store(codes + at, (v*inverse).to(codes.dtype.element_ty), mask=at < width)
-    if SMALL: _store_small(codes + width, s*inverse, ranks, SMALL)
+    if SMALL: _store_small(codes + width, s*inverse, ranks, spare, SMALL)
 
 # %% ../../nbs/14_kernels.fp8.ipynb #9ce0e78b
 @jit
-def _wide_rows_kernel(x, factors, small, steps, codes, scales, width, ranks, stride, small_stride,
-                      out_stride, FACTORS:tl.constexpr, SMALL:tl.constexpr, BLOCK:tl.constexpr):
+def _wide_rows_kernel(x, factors, small, steps, codes, scales, width, ranks, spare, stride,
+                      small_stride, out_stride, FACTORS:tl.constexpr, SMALL:tl.constexpr,
+                      BLOCK:tl.constexpr):
     row,at = tl.program_id(0).to(tl.int64),tl.arange(0, BLOCK)
     each = tl.zeros([BLOCK], tl.float32)
     for first in range(0, width, BLOCK):
@@ -118,7 +121,7 @@ def _wide_rows_kernel(x, factors, small, steps, codes, scales, width, ranks, str
         if FACTORS: v *= tl.load(factors + first + at, mask=first + at < width, other=0)
         tl.store(codes + first + at, (v*inverse).to(codes.dtype.element_ty),
                  mask=first + at < width)
-    if SMALL: _store_small(codes + width, s*inverse, ranks, SMALL)
+    if SMALL: _store_small(codes + width, s*inverse, ranks, spare, SMALL)
 
 # %% ../../nbs/14_kernels.fp8.ipynb #cc8ed988
 WIDEST = 32768 # Numbers of a row that one program holds in registers
@@ -128,18 +131,22 @@ def quantize_rows(x:Tensor,            # [rows, columns], rows contiguous
                   codes:Tensor=None,   # Where the codes go, [rows, columns], float8_e4m3fn
                   scales:Tensor=None,  # Where the scales go, [rows, 1], float32, contiguous
                   beside:tuple=None    # Numbers, [rows, R], and factors of theirs, [R], float32:
-                 )->tuple:             # Codes and scales; the former then have 3R columns more
+                 )->tuple:             # Codes and scales; the former then have 3R columns more, and
+                                       # zeros in up to 128 further ones that `codes` may have
     "What `to_fp8` gives, in one pass; and two codes for each of some numbers beside."
     stride,ranks = row_stride(x),beside[0].shape[1] if beside else 0
     if codes is None: codes = x.new_empty(x.shape[0], x.shape[1] + 3*ranks, dtype=E4M3)
     if scales is None: scales = x.new_empty(x.shape[0], 1, dtype=torch.float32)
+    spare = codes.shape[1] - x.shape[1] - 3*ranks if beside else 0
+    if not 0 <= spare <= 128: raise ValueError(
+        f"codes: {codes.shape[1]} columns for {x.shape[1]} + {3*ranks}; at most 128 more")
     if not writes_fp8(x): return _plain_rows(x, factors, codes, scales, beside)
     how,kernel = _shape_of(x.shape[1])
     small,steps = beside or (x, x)
     if x.shape[0]:
         with on(x): kernel[x.shape[0],](
             x, x if factors is None else factors, small, steps, codes, scales, x.shape[1], ranks,
-            stride, row_stride(small), row_stride(codes), FACTORS=factors is not None,
+            spare, stride, row_stride(small), row_stride(codes), FACTORS=factors is not None,
             SMALL=triton.next_power_of_2(ranks) if ranks else 0, **how)
     return codes, scales
 
@@ -156,6 +163,7 @@ def _plain_rows(x, factors, codes, scales, beside):
     scales.copy_(row_scales(torch.cat([x, small], 1)))
     high,low = two_parts(small*(1/scales))
     parts = [to_fp8(x, scales=scales)[0], *((high, low, high) if beside else ())]
+    parts.append(codes.new_zeros(len(codes), codes.shape[1] - sum(t.shape[1] for t in parts)))
     for place,t in zip(codes.split([t.shape[1] for t in parts], 1), parts): place.copy_(t)
     return codes, scales
 

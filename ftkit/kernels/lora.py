@@ -102,7 +102,7 @@ class Projection:
         self.hooks,self.biased = [],any(p.base.bias is not None for p in self.parts)
 
     why_not,straight = staticmethod(why_not),False # the latter: see `weight_grads`
-    large = 1 << 27 # Bytes of a gradient that is better read once, see `_both`
+    large = 1 << 26 # Bytes of a gradient that is better read once, see `_both`
 
 # %% ../../nbs/71_kernels.lora.ipynb #aab52c89
 @patch(as_prop=True)
