@@ -147,23 +147,31 @@ def unpack(base:nn.Linear, # Plain, or in four bits
 # %% ../../nbs/69_kernels.edges.ipynb #65a390bb
 @jit(do_not_specialize=["positions"])
 def _beside_kernel(q, k, v, out, cos, sin, qs, ks, vs, os, cs, ss, positions, heads, turned, total,
-                   HEAD:tl.constexpr, PAIRS:tl.constexpr, BLOCK:tl.constexpr, GROUP:tl.constexpr,
-                   INTERLEAVED:tl.constexpr):
+                   HEAD:tl.constexpr, PAIRS:tl.constexpr, BLOCK:tl.constexpr, REST:tl.constexpr,
+                   GROUP:tl.constexpr, INTERLEAVED:tl.constexpr):
     token = tl.program_id(0).to(tl.int64)
     head,at = tl.program_id(1)*GROUP + tl.arange(0, GROUP)[:, None],tl.arange(0, BLOCK)[None, :]
-    here = (head < total) & (at < HEAD)
     row = tl.where(head < heads, q + token*qs + head*HEAD, tl.where(
         head < turned, k + token*ks + (head - heads)*HEAD, v + token*vs + (head - turned)*HEAD))
-    x = tl.load(row + at, mask=here, other=0.).to(tl.float32)
-    if PAIRS > 0:
-        if INTERLEAVED: angle,first,mate = at//2,at % 2 == 0,at ^ 1
-        else: angle,first,mate = at % PAIRS,at < PAIRS,tl.where(at < PAIRS, at + PAIRS, at - PAIRS)
-        turns,place = at < 2*PAIRS,token % positions
-        y = tl.load(row + mate, mask=here & turns, other=0.).to(tl.float32)
-        c = tl.load(cos + place*cs + angle, mask=turns, other=0.).to(tl.float32)
-        s = tl.load(sin + place*ss + angle, mask=turns, other=0.).to(tl.float32)
-        x = tl.where(turns & (head < turned), x*c + tl.where(first, y*s, -y*s), x)
-    tl.store(out + token*os + head*HEAD + at, x.to(out.dtype.element_ty), mask=here)
+    out += token*os + head*HEAD
+    if PAIRS:
+        there,place = at < PAIRS,token % positions
+        c = tl.load(cos + place*cs + at, mask=there, other=0.).to(tl.float32)
+        s = tl.load(sin + place*ss + at, mask=there, other=0.).to(tl.float32)
+        _turn_back(row, out, at, c, s, head < turned, (head < total) & there, PAIRS, INTERLEAVED)
+    if REST:
+        some = tl.arange(0, REST)[None, :] + 2*PAIRS # what does not turn
+        here = (head < total) & (some < HEAD)
+        tl.store(out + some, tl.load(row + some, mask=here, other=0.), mask=here)
+
+@jit
+def _turn_back(row, out, at, c, s, turns, here, PAIRS:tl.constexpr, INTERLEAVED:tl.constexpr):
+    first,apart = (2*at, 1) if INTERLEAVED else (at, PAIRS)
+    a = tl.load(row + first, mask=here, other=0.).to(tl.float32)
+    b = tl.load(row + first + apart, mask=here, other=0.).to(tl.float32)
+    kind = out.dtype.element_ty
+    tl.store(out + first, tl.where(turns, a*c + b*s, a).to(kind), mask=here)
+    tl.store(out + first + apart, tl.where(turns, b*c - a*s, b).to(kind), mask=here)
 
 # %% ../../nbs/69_kernels.edges.ipynb #baca4b0a
 def turned_back(parts,      # Gradients of q, k and v, [tokens, heads of each, head_dim]
@@ -182,13 +190,13 @@ def turned_back(parts,      # Gradients of q, k and v, [tokens, heads of each, h
     cos,sin,pairs = (out, out, 0) if cos is None else _tables(cos, sin, head, None)
     if pairs and (len(cos) == 0 or len(out) % len(cos)): raise ValueError(
         f"{len(out)} tokens are no multiple of the {len(cos)} positions of cos and sin")
-    block = triton.next_power_of_2(head)
-    group = min(triton.next_power_of_2(turned + kv), max(1, 2048//block))
+    block,rest = (triton.next_power_of_2(n) if n else 0 for n in (pairs, head - 2*pairs))
+    group = min(triton.next_power_of_2(turned + kv), max(1, 1024//max(block, rest//2)))
     if len(out) == 0: return out
     with on(out): _beside_kernel[len(out), triton.cdiv(turned + kv, group)](
         *parts, out, cos, sin, *strides, row_stride(cos), row_stride(sin), len(cos), heads, turned,
-        turned + kv, HEAD=head, PAIRS=pairs, BLOCK=block, GROUP=group, INTERLEAVED=interleaved,
-        num_warps=max(1, min(4, group*block//256)))
+        turned + kv, HEAD=head, PAIRS=pairs, BLOCK=block or 1, REST=rest, GROUP=group,
+        INTERLEAVED=interleaved, num_warps=max(1, min(4, group*max(block, rest//2)//256)))
     return out
 
 # %% ../../nbs/69_kernels.edges.ipynb #5bcead31
