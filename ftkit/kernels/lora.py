@@ -124,6 +124,11 @@ def packed(self:Projection)->bool:
 @patch(as_prop=True)
 def _deferred(self:Projection): return self.shared is not None and self.shared.defer
 
+@patch
+def wants_room(self:Projection, dtype)->bool:
+    "Whether inputs of this type had better come with room for the ranks behind them."
+    return self.enabled and (self.views is not None or not self._loose(dtype))
+
 # %% ../../nbs/71_kernels.lora.ipynb #5072f74e
 @patch
 @torch.no_grad()
