@@ -9,6 +9,7 @@ __all__ = ['room', 'roomy', 'Norm']
 from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
+from .kernels.edges import turned_back
 from .kernels.eight import rms_codes
 from .kernels.norm import rms_backward, rms_forward
 
@@ -25,8 +26,8 @@ def roomy(projection, x:Tensor)->Tensor:
     "The rows of x with such room, if a copy takes less than another pass over the outputs."
     p = projection
     if not _ranks(p) or p.N < p.K or not p.wants_room(x.dtype): return x
-    out = room(p, *x.shape, x)
-    out[:,:p.K].copy_(x)
+    out,head = room(p, *x.shape, x),x[:,None]
+    turned_back((head, head[:,:0], head[:,:0]), out[:,:p.K], None, None) # a copy by whole words
     return out
 
 # %% ../nbs/73_stream.ipynb #6acb602a

@@ -54,7 +54,7 @@ ROWS = {
                   mask=0.5),
     "qwen7b": row("lora", "0", QWEN, PEERS, dict(cap=46.5)),
     "qwen7b_gc": row("qlora", "1", QWEN),
-    "small": row("lora", "0", "qwen2.5-0.5b", PEERS, batch=1),
+    "small": row("lora", "0", "qwen2.5-0.5b", PEERS, dict(cap=3.65), batch=1),
     "big": row("qlora", "1", "llama3-70b-nf4", batch=1)}
 TINY = {"lora": row("lora", "0", "tiny", ("hf", "ftkit"), batch=2, seq=32),
         "packed": row("lora", "0", "tiny", ("hf", "ftkit"), batch=2, seq=64, packed=16)}
