@@ -16,6 +16,7 @@ from ftkit.kernels.fp8 import (codes_beside, qtensor_scales, qtensor_to_fp8, qua
 from ftkit.kernels.glu import glu_backward, glu_forward
 from ftkit.kernels.launch import capability, interpreted
 from ftkit.kernels.lora import Projection
+from ftkit.kernels import middle
 from ftkit.kernels.middle import glu_backward_codes, glu_codes
 from ftkit.kernels.norm import rms_forward
 from ftkit.lora.layers import LoraLinear
@@ -244,15 +245,20 @@ def test_columns_to_spare_become_zeros(spare):
         quantize_rows(x, None, torch.empty(5, 300, device=DEVICE), beside=(small, steps))
 
 
-@pytest.mark.parametrize("rows", (1025, 4099))
-def test_rows_of_the_middle_that_share_a_program(rows):
-    gate_up, dh, factors = randn(rows, 80), randn(rows, 40, seed=1), randn(80, seed=2).abs()
-    theirs, again = glu_backward(dh, gate_up), glu_forward(gate_up)
-    with kernels(): d, codes, scales = glu_backward_codes(dh, gate_up, factors, out=gate_up, h=dh,
-                                                          codes=torch.empty_like(gate_up))
-    assert_close(d, theirs, rtol=1e-4, atol=1e-5)
-    assert_close(dh, again, rtol=1e-4, atol=1e-5)
-    same((codes, scales), to_fp8(d, factors), 0.99)
+@pytest.mark.parametrize("many", (2, 4))
+def test_rows_of_the_middle_that_share_a_program(many, monkeypatch):
+    "As they do where there are thousands."
+    assert [middle._shared_steps(n, 4096)["ROWS"] for n in (1023, 1024, 4096)] == [1, 2, 4]
+    monkeypatch.setattr(middle, "_shared_steps", lambda rows, width: dict(
+        ROWS=many, BLOCK=16, STEPS=-(-width//16), num_warps=1))
+    for rows in 1, 4, 7:
+        gate_up, dh, factors = randn(rows, 80), randn(rows, 40, seed=1), randn(80, seed=2).abs()
+        theirs, again = glu_backward(dh, gate_up), glu_forward(gate_up)
+        with kernels(): d, codes, scales = glu_backward_codes(
+            dh, gate_up, factors, out=gate_up, h=dh, codes=torch.empty_like(gate_up))
+        assert_close(d, theirs, rtol=1e-4, atol=1e-5)
+        assert_close(dh, again, rtol=1e-4, atol=1e-5)
+        same((codes, scales), to_fp8(d, factors), 0.99)
 
 
 @cuda
