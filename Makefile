@@ -29,7 +29,7 @@ test: $(VENV)/.dev  ## Check the house, run every notebook, render the pages, ru
 	$(BIN)/python tools/check.py --quiet
 	$(BIN)/python tools/run_nbs.py
 	$(BIN)/python tools/docs.py
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests -n auto --maxprocesses 4 --dist loadfile
 
 lab: $(VENV)/.dev  ## Open JupyterLab on the tutorials
 	$(BIN)/jupyter lab --ServerApp.root_dir=nbs --LabApp.default_url=/lab/tree/tutorials $(LAB_FLAGS)
