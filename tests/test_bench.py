@@ -226,10 +226,15 @@ def test_what_the_comparison_says(capsys):
     assert "good (loss 0.00%, norm 0.00%)" in out and "liger: no such module" in out
     args = SimpleNamespace(table=speed.ROWS, rows=["lora", "planner"], peers=["unsloth", "ftkit"], rounds=2, parity=None,
                            home=Path("h"), steps=6, device="cuda", profile=0)
-    assert list(speed.turns(args)) == [("lora", "unsloth"), ("lora", "ftkit"), ("planner", "ftkit"),
-                                       ("lora", "ftkit"), ("lora", "unsloth"), ("planner", "ftkit")]
+    assert list(speed.turns(args)) == [
+        ("lora", "unsloth"), ("lora", "ftkit"), ("qlora_gc", "unsloth"), ("planner", "ftkit"),
+        ("lora", "ftkit"), ("lora", "unsloth"), ("planner", "ftkit"), ("qlora_gc", "unsloth")]
+    args.rounds,args.rows = 1,["fp8", "lora"]  # what both are measured by is done once
+    assert list(speed.turns(args)) == [("lora", "unsloth"), ("fp8", "ftkit"), ("lora", "ftkit")]
     args.parity,args.peers,args.rows = 20,["hf", "ftkit"],["lora", "lora_gc", "fp8"]
-    assert list(speed.turns(args))[:5] == [("lora", "hf"), ("lora", "ftkit"), ("lora_gc", "ftkit"), ("fp8", "hf"), ("fp8", "ftkit")]
+    assert list(speed.turns(args)) == [("lora", "hf"), ("lora", "ftkit"), ("lora_gc", "ftkit"), ("fp8", "hf"), ("fp8", "ftkit")]
+    args.rows = ["lora_gc"]  # by itself it needs somebody to be held against, too
+    assert list(speed.turns(args)) == [("lora", "hf"), ("lora_gc", "ftkit")]
     args.parity = None
     words = speed.command("planner", "ftkit", args)
     assert words[words.index("--gc") + 1] == "auto" and "--parity" not in words

@@ -108,16 +108,18 @@ def reason(done):
 
 
 def turns(args):
-    "(row, peer), round by round, beginning with another peer in each; parity is held against hf."
+    """(row, peer), round by round, beginning with another peer in each; parity is held against hf.
+    What others do in a row like this one counts, and is done if nobody asked for it."""
     for i in range(args.rounds):
+        done = set()
         for name in args.rows:
-            r = args.table[name]
-            own = _eight(r) or source(args.table, name, parity=True) == name
-            reference = ("hf",) if own else ()
-            peers = (*reference, "ftkit") if args.parity else r["peers"]
-            peers = [p for p in peers if p in args.peers]
-            first = i % max(1, len(peers))
-            yield from ((name, p) for p in peers[first:] + peers[:first])
+            r, other = args.table[name], source(args.table, name, args.parity)
+            if args.parity: rivals = [(name if _eight(r) else other, "hf")]
+            else: rivals = [(other, p) for p in args.table[other]["peers"] if p != "ftkit"]
+            some = [t for t in (*rivals, (name, "ftkit")) if t[1] in args.peers and t not in done]
+            done |= {*some}
+            first = i % max(1, len(some))
+            yield from some[first:] + some[:first]
 
 
 # ------------------------------------------------------------ what came out
@@ -269,7 +271,7 @@ def measure(args, results):
         args.device, args.card = "cuda", torch.cuda.get_device_properties(0).name
     args.home = args.home.absolute()
     from make_checkpoint import make
-    for shape in dict.fromkeys(args.table[n]["shape"] for n in args.rows):
+    for shape in dict.fromkeys(args.table[n]["shape"] for n,_ in turns(args)):
         make(args.home/shape, shape, device=args.device)
     begin = time.time()
     def run(turn): return None if time.time() - begin > args.budget else run_one(*turn, args)
