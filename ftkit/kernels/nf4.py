@@ -61,13 +61,11 @@ def _store_words(out, at, word, scale, values, there, SHUFFLE:tl.constexpr):
     tl.store(out + at[:, None] + tl.arange(0, 8)[None, :], weights, mask=there[:, None])
 
 # %% ../../nbs/11_kernels.nf4.ipynb #7416e870
-@jit(do_not_specialize=["first", "n_words"])
-def _words_kernel(codes, absmax, nested, offset, values, table, factors, out, n_words, stride,
-                  first, BLOCK:tl.constexpr, COLUMNS:tl.constexpr, WORDS:tl.constexpr,
-                  DOUBLE:tl.constexpr, STRIDED:tl.constexpr, ROWS:tl.constexpr,
-                  SHUFFLE:tl.constexpr):
-    "Twice `WORDS` words of eight weights each."
-    start = tl.program_id(0).to(tl.int64)*(2*WORDS)
+@jit
+def _two_words(codes, absmax, nested, offset, values, table, factors, out, start, n_words, stride,
+               first, BLOCK:tl.constexpr, COLUMNS:tl.constexpr, WORDS:tl.constexpr,
+               DOUBLE:tl.constexpr, STRIDED:tl.constexpr, ROWS:tl.constexpr,
+               SHUFFLE:tl.constexpr):
     a = tl.arange(0, WORDS)
     b = a + WORDS
     in_a,in_b = start + a < n_words,start + b < n_words
@@ -85,6 +83,16 @@ def _words_kernel(codes, absmax, nested, offset, values, table, factors, out, n_
         scale_b *= tl.load(factors + row_b, mask=in_b, other=0)
     _store_words(out, at_a, word_a, scale_a, values, in_a, SHUFFLE)
     _store_words(out, at_b, word_b, scale_b, values, in_b, SHUFFLE)
+
+@jit(do_not_specialize=["first", "n_words"])
+def _words_kernel(codes, absmax, nested, offset, values, table, factors, out, n_words, stride,
+                  first, BLOCK:tl.constexpr, COLUMNS:tl.constexpr, WORDS:tl.constexpr,
+                  DOUBLE:tl.constexpr, STRIDED:tl.constexpr, ROWS:tl.constexpr,
+                  SHUFFLE:tl.constexpr):
+    "Twice `WORDS` words of eight weights each."
+    start = tl.program_id(0).to(tl.int64)*(2*WORDS)
+    _two_words(codes, absmax, nested, offset, values, table, factors, out, start, n_words, stride,
+               first, BLOCK, COLUMNS, WORDS, DOUBLE, STRIDED, ROWS, SHUFFLE)
 
 # %% ../../nbs/11_kernels.nf4.ipynb #d9e17a10
 @jit(do_not_specialize=["first", "n", "n_bytes"])
@@ -171,20 +179,8 @@ def _together_kernel(codes0, codes1, codes2, absmax0, absmax1, absmax2, nested0,
     absmax,nested = _pick(which, absmax0, absmax1, absmax2),_pick(which, nested0, nested1, nested2)
     offset = _pick(which, offset0, offset1, offset2)
     out += (_pick(which, 0, n0, n0 + n1)//(COLUMNS//8)).to(tl.int64)*stride
-    a = tl.arange(0, WORDS)
-    b = a + WORDS
-    in_a,in_b = start + a < n_words,start + b < n_words
-    word_a = tl.load(codes + start + a, mask=in_a, other=0)
-    word_b = tl.load(codes + start + b, mask=in_b, other=0)
-    block,rest = start//(BLOCK//8),(start % (BLOCK//8)).to(tl.int32)
-    scale_a = _block_scales(absmax, nested, offset, table, block + (rest + a)//(BLOCK//8), 0,
-                            in_a, DOUBLE)
-    scale_b = _block_scales(absmax, nested, offset, table, block + (rest + b)//(BLOCK//8), 0,
-                            in_b, DOUBLE)
-    at_a = _place(start, a, stride, COLUMNS, True, False)[1]
-    at_b = _place(start, b, stride, COLUMNS, True, False)[1]
-    _store_words(out, at_a, word_a, scale_a, values, in_a, SHUFFLE)
-    _store_words(out, at_b, word_b, scale_b, values, in_b, SHUFFLE)
+    _two_words(codes, absmax, nested, offset, values, table, values, out, start, n_words, stride,
+               0, BLOCK, COLUMNS, WORDS, DOUBLE, True, False, SHUFFLE)
 
 # %% ../../nbs/11_kernels.nf4.ipynb #fe94c537
 def together_kernel(parts:list,      # Two or three of (codes, absmax, nested, offset)
