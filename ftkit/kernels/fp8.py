@@ -246,7 +246,7 @@ def codes_beside(v:Tensor,          # [rows, R]
 def _piece(v, scales, table, owners, EXACT:tl.constexpr, HIGH:tl.constexpr):
     "This program's line of the table, its number and that of its matrix's tiles; its numbers."
     line = table + tl.load(owners + tl.program_id(0)).to(tl.int64)*10
-    rows,n = tl.load(line + 7),tl.program_id(0) - tl.load(line + 9)
+    rows,n = tl.load(line + 7).to(tl.int32)*16,tl.program_id(0) - tl.load(line + 9).to(tl.int32)
     tiles = tl.cdiv(rows, HIGH)
     r,k = (n % tiles)*HIGH + tl.arange(0, HIGH),n//tiles*16 + tl.arange(0, 16)
     v,by,there = v + tl.load(line)*16,tl.load(line + 4)*16,(r < rows)[:, None]
@@ -315,12 +315,12 @@ def _table_beside(calls, high):
         if not (turned or (v.stride(1) == 1 and s is not None and s.is_contiguous())): return None
         starts = [away(t, start) for t,start in zip(call[:3], calls[0])]
         places.append([*starts, 0 if turned else away(s, scales), v.stride(int(turned)),
-                       row_stride(codes), ranks])
-        rest.append([n, turned, len(owners)])
+                       row_stride(codes), ranks, n])
+        rest.append([turned, len(owners)])
         owners,most = owners + [i]*(ranks//16*(tiles := -(-n//high))),max(most, tiles)
-    return _upload(places, rest, owners, calls[0][0].device, scales, most)
+    return _upload_beside(places, rest, owners, calls[0][0].device, scales, most)
 
-def _upload(places, rest, owners, device, scales, most):
+def _upload_beside(places, rest, owners, device, scales, most):
     places,owners = torch.tensor(places),torch.tensor(owners, dtype=torch.int32)
     if (places % 16).any(): return None
     made = [torch.cat([places//16, torch.tensor(rest)], 1),owners]
