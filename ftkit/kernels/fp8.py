@@ -260,7 +260,7 @@ def _piece(v, scales, table, owners, EXACT:tl.constexpr, HIGH:tl.constexpr):
 
 @jit
 def _tops_kernel(v, scales, tops, table, owners, HIGH:tl.constexpr):
-    x = _piece(v, scales, table, owners, True, HIGH)[6]
+    line,n,tiles,r,k,there,x = _piece(v, scales, table, owners, True, HIGH)
     bits = x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
     tl.store(tops + tl.program_id(0)*16 + tl.arange(0, 16), tl.max(bits, 0))
 
