@@ -94,10 +94,11 @@ def glu_codes(gate_up:Tensor,      # [tokens, 2*width]: gate, then up
 
 # %% ../../nbs/70_kernels.middle.ipynb #bf5f5e6d
 @jit
-def _gradients(dh, gate, up, dgate, dup, h, to, there, ACT:tl.constexpr, AGAIN:tl.constexpr):
-    d = tl.load(dh + to, mask=there, other=0., eviction_policy="evict_first").to(tl.float32)
-    g = tl.load(gate + to, mask=there, other=0., eviction_policy="evict_first").to(tl.float32)
-    u = tl.load(up + to, mask=there, other=0., eviction_policy="evict_first").to(tl.float32)
+def _gradients(dh, gate, up, dgate, dup, h, to, there, ACT:tl.constexpr, AGAIN:tl.constexpr,
+               LEAVE:tl.constexpr=""):
+    d = tl.load(dh + to, mask=there, other=0., eviction_policy=LEAVE).to(tl.float32)
+    g = tl.load(gate + to, mask=there, other=0., eviction_policy=LEAVE).to(tl.float32)
+    u = tl.load(up + to, mask=there, other=0., eviction_policy=LEAVE).to(tl.float32)
     share,slope = _activate(g, ACT)
     if AGAIN: tl.store(h + to, g*share*u, mask=there)
     u = (d*u*slope).to(dgate.dtype.element_ty) # from here on the gradient of the gate
@@ -133,7 +134,7 @@ def _codes_back_kernel(dh, gate, up, dgate, dup, h, fg, fu, cg, cu, scales, widt
     for step in tl.static_range(STEPS):
         to = step*BLOCK + at
         a,b = _gradients(dh + row*ds, gate + row*gs, up + row*gs, dgate + row*os, dup + row*os,
-                         h + row*hs, to, to < width, ACT, AGAIN)
+                         h + row*hs, to, to < width, ACT, AGAIN, "evict_first")
         p,q = _times(a, fg, to, width),_times(b, fu, to, width)
         largest = tl.maximum(largest, tl.maximum(tl.abs(p), tl.abs(q)))
         if PACK: held = held + (_pack(a, b),)
