@@ -95,7 +95,7 @@ def glu_codes(gate_up:Tensor,      # [tokens, 2*width]: gate, then up
 # %% ../../nbs/70_kernels.middle.ipynb #bf5f5e6d
 @jit
 def _gradients(dh, gate, up, dgate, dup, h, to, there, ACT:tl.constexpr, AGAIN:tl.constexpr,
-               LEAVE:tl.constexpr=""):
+               LEAVE:tl.constexpr):
     d = tl.load(dh + to, mask=there, other=0., eviction_policy=LEAVE).to(tl.float32)
     g = tl.load(gate + to, mask=there, other=0., eviction_policy=LEAVE).to(tl.float32)
     u = tl.load(up + to, mask=there, other=0., eviction_policy=LEAVE).to(tl.float32)
@@ -160,7 +160,7 @@ def _wide_codes_back_kernel(dh, gate, up, dgate, dup, h, fg, fu, cg, cu, scales,
     for step in range(STEPS):
         to = step*BLOCK + at
         a,b = _gradients(dh + row*ds, gate + row*gs, up + row*gs, dgate + row*os, dup + row*os,
-                         h + row*hs, to, here & (to < width), ACT, AGAIN)
+                         h + row*hs, to, here & (to < width), ACT, AGAIN, "")
         p,q = _times(a, fg, to, width),_times(b, fu, to, width)
         largest = tl.maximum(largest, tl.maximum(tl.abs(p), tl.abs(q)))
     inverse = _row_scale(tl.max(largest, 1), scales, r, r < rows)[:, None]
