@@ -19,17 +19,31 @@ from ..quant.fp8 import E4M3
 # %% ../../nbs/70_kernels.middle.ipynb #8537f161
 @jit
 def _codes_kernel(gate, up, h, codes, scales, width, gs, hs, cs, ACT:tl.constexpr,
-                  STEPS:tl.constexpr, BLOCK:tl.constexpr):
+                  BLOCK:tl.constexpr):
+    row,at = tl.program_id(0).to(tl.int64),tl.arange(0, BLOCK)
+    v = _product(gate + row*gs, up + row*gs, h + row*hs, at, width, ACT)
+    inverse = _row_scale(tl.max(tl.abs(v), 0), scales, row)
+    tl.store(codes + row*cs + at, (v*inverse).to(codes.dtype.element_ty), mask=at < width)
+
+# %% ../../nbs/70_kernels.middle.ipynb #a1deb43d
+@jit
+def _product(gate, up, h, to, width, ACT:tl.constexpr):
+    g = tl.load(gate + to, mask=to < width, other=0.).to(tl.float32)
+    u = tl.load(up + to, mask=to < width, other=0.).to(tl.float32)
+    share,_ = _activate(g, ACT)
+    v = (g*share*u).to(h.dtype.element_ty)
+    tl.store(h + to, v, mask=to < width)
+    return v.to(tl.float32)
+
+# %% ../../nbs/70_kernels.middle.ipynb #32bf30b9
+@jit
+def _wide_codes_kernel(gate, up, h, codes, scales, width, gs, hs, cs, ACT:tl.constexpr,
+                       STEPS:tl.constexpr, BLOCK:tl.constexpr):
     row,at = tl.program_id(0).to(tl.int64),tl.arange(0, BLOCK)
     largest = tl.zeros([BLOCK], tl.float32)
     for step in range(STEPS):
-        to = step*BLOCK + at
-        g = tl.load(gate + row*gs + to, mask=to < width, other=0.).to(tl.float32)
-        u = tl.load(up + row*gs + to, mask=to < width, other=0.).to(tl.float32)
-        share,_ = _activate(g, ACT)
-        v = (g*share*u).to(h.dtype.element_ty)
-        tl.store(h + row*hs + to, v, mask=to < width)
-        largest = tl.maximum(largest, tl.abs(v.to(tl.float32)))
+        v = _product(gate + row*gs, up + row*gs, h + row*hs, step*BLOCK + at, width, ACT)
+        largest = tl.maximum(largest, tl.abs(v))
     inverse = _row_scale(tl.max(largest, 0), scales, row)
     tl.debug_barrier() # what other threads of this program have written is there from here on
     for step in range(STEPS):
@@ -37,7 +51,9 @@ def _codes_kernel(gate, up, h, codes, scales, width, gs, hs, cs, ACT:tl.constexp
         v = tl.load(h + row*hs + to, mask=to < width, other=0.).to(tl.float32)
         tl.store(codes + row*cs + to, (v*inverse).to(codes.dtype.element_ty), mask=to < width)
 
-# %% ../../nbs/70_kernels.middle.ipynb #a1deb43d
+# %% ../../nbs/70_kernels.middle.ipynb #d193739a
+_HELD = 16384 # Numbers of a row that a program holds
+
 def _fits(x): return fits_kernels(x) and writes_fp8(x)
 
 def _room(x, width, codes, scales):
@@ -45,19 +61,18 @@ def _room(x, width, codes, scales):
     if scales is None: scales = x.new_empty(x.shape[0], 1, dtype=torch.float32)
     return codes, scales
 
-def _steps(width):
-    "Numbers of a block, how many blocks a row has, and warps."
-    block = min(2048, triton.next_power_of_2(width))
-    return dict(BLOCK=block, STEPS=triton.cdiv(width, block), num_warps=max(1, block//256))
+def _blocks(width, most):
+    "Numbers of a block, at most `most`, and how many blocks a row has."
+    block = min(most, triton.next_power_of_2(width))
+    return dict(BLOCK=block, STEPS=triton.cdiv(width, block))
 
-def _shared_steps(rows, width):
-    "The same for programs of several rows, as many as leave enough programs."
-    many = 4 if rows >= 4096 else 2 if rows >= 1024 else 1
-    block = min(2048//many, triton.next_power_of_2(width))
-    return dict(ROWS=many, BLOCK=block, STEPS=triton.cdiv(width, block),
-                num_warps=max(1, many*block//256))
+def _way(width):
+    "The kernel that goes forward, its blocks and warps."
+    if width > _HELD: return _wide_codes_kernel,_blocks(width, 2048) | dict(num_warps=8)
+    block = triton.next_power_of_2(width)
+    return _codes_kernel,dict(BLOCK=block, num_warps=min(16, max(1, block//512)))
 
-# %% ../../nbs/70_kernels.middle.ipynb #32bf30b9
+# %% ../../nbs/70_kernels.middle.ipynb #86c31702
 def glu_codes(gate_up:Tensor,      # [tokens, 2*width]: gate, then up
               act:str="silu",      # "silu", "gelu_tanh" or "gelu"
               out:Tensor=None,     # [tokens, width], where the result goes
@@ -74,48 +89,109 @@ def glu_codes(gate_up:Tensor,      # [tokens, 2*width]: gate, then up
         return h, *quantize_rows(h, codes=codes, scales=scales)
     strides = row_stride(gate_up),_like(h, gate.shape, "out"),_like(codes, gate.shape, "codes")
     rows,width = gate.shape
+    kernel,how = _way(width)
     if rows:
-        with on(gate): _codes_kernel[rows,](gate, up, h, codes, scales, width, *strides, ACT=act,
-                                            **_steps(width))
+        with on(gate): kernel[rows,](gate, up, h, codes, scales, width, *strides, ACT=act, **how)
     return h, codes, scales
 
 # %% ../../nbs/70_kernels.middle.ipynb #bf5f5e6d
 @jit
-def _codes_back_kernel(dh, gate, up, dgate, dup, h, fg, fu, cg, cu, scales, rows, width, ds, gs, os,
-                       hs, cs, ACT:tl.constexpr, AGAIN:tl.constexpr, STEPS:tl.constexpr,
-                       ROWS:tl.constexpr, BLOCK:tl.constexpr):
-    r,at = tl.program_id(0)*ROWS + tl.arange(0, ROWS),tl.arange(0, BLOCK)
-    row,here = r.to(tl.int64)[:, None],(r < rows)[:, None]
-    largest = tl.zeros([ROWS, BLOCK], tl.float32)
-    for step in range(STEPS):
-        to = (step*BLOCK + at)[None, :]
-        there = here & (to < width)
-        d = tl.load(dh + row*ds + to, mask=there, other=0.).to(tl.float32)
-        g = tl.load(gate + row*gs + to, mask=there, other=0.).to(tl.float32)
-        u = tl.load(up + row*gs + to, mask=there, other=0.).to(tl.float32)
-        share,slope = _activate(g, ACT)
-        if AGAIN: tl.store(h + row*hs + to, g*share*u, mask=there)
-        u = (d*u*slope).to(dgate.dtype.element_ty) # from here on the gradient of the gate
-        g = (d*g*share).to(dup.dtype.element_ty)   # and that of up
-        tl.store(dgate + row*os + to, u, mask=there)
-        tl.store(dup + row*os + to, g, mask=there)
-        u = tl.abs(u.to(tl.float32)*tl.load(fg + to, mask=to < width, other=0.))
-        g = tl.abs(g.to(tl.float32)*tl.load(fu + to, mask=to < width, other=0.))
-        largest = tl.maximum(largest, tl.maximum(u, g))
-    inverse = _row_scale(tl.max(largest, 1), scales, r, r < rows)[:, None]
-    tl.debug_barrier()
-    for step in range(STEPS):
-        to = (step*BLOCK + at)[None, :]
-        _recode(dgate + row*os, fg, cg + row*cs, inverse, to, width, here)
-        _recode(dup + row*os, fu, cu + row*cs, inverse, to, width, here)
+def _gradients(dh, gate, up, dgate, dup, h, to, there, ACT:tl.constexpr, AGAIN:tl.constexpr,
+               LEAVE:tl.constexpr):
+    d = tl.load(dh + to, mask=there, other=0., eviction_policy=LEAVE).to(tl.float32)
+    g = tl.load(gate + to, mask=there, other=0., eviction_policy=LEAVE).to(tl.float32)
+    u = tl.load(up + to, mask=there, other=0., eviction_policy=LEAVE).to(tl.float32)
+    share,slope = _activate(g, ACT)
+    if AGAIN: tl.store(h + to, g*share*u, mask=there)
+    u = (d*u*slope).to(dgate.dtype.element_ty) # from here on the gradient of the gate
+    g = (d*g*share).to(dup.dtype.element_ty)   # and that of up
+    tl.store(dgate + to, u, mask=there)
+    tl.store(dup + to, g, mask=there)
+    return u, g
+
+@jit
+def _times(v, factors, to, width):
+    f = tl.load(factors + to, mask=to < width, other=0., eviction_policy="evict_last")
+    return v.to(tl.float32)*f
 
 # %% ../../nbs/70_kernels.middle.ipynb #5ea2f5dd
 @jit
+def _pack(a, b):
+    high = a.to(tl.int16, bitcast=True).to(tl.int32) << 16
+    return high | (b.to(tl.int16, bitcast=True).to(tl.int32) & 0xffff)
+
+@jit
+def _unpack(both, like):
+    kind:tl.constexpr = like.dtype.element_ty
+    return ((both >> 16).to(tl.int16).to(kind, bitcast=True),
+            both.to(tl.int16).to(kind, bitcast=True))
+
+# %% ../../nbs/70_kernels.middle.ipynb #c535b97b
+@jit
+def _codes_back_kernel(dh, gate, up, dgate, dup, h, fg, fu, cg, cu, scales, width, ds, gs, os, hs,
+                       cs, ACT:tl.constexpr, AGAIN:tl.constexpr, PACK:tl.constexpr,
+                       STEPS:tl.constexpr, BLOCK:tl.constexpr):
+    row,at = tl.program_id(0).to(tl.int64),tl.arange(0, BLOCK)
+    largest,held = tl.zeros([BLOCK], tl.float32),()
+    for step in tl.static_range(STEPS):
+        to = step*BLOCK + at
+        a,b = _gradients(dh + row*ds, gate + row*gs, up + row*gs, dgate + row*os, dup + row*os,
+                         h + row*hs, to, to < width, ACT, AGAIN, "evict_first")
+        p,q = _times(a, fg, to, width),_times(b, fu, to, width)
+        largest = tl.maximum(largest, tl.maximum(tl.abs(p), tl.abs(q)))
+        if PACK: held = held + (_pack(a, b),)
+        else: held = held + (p, q)
+    inverse = _row_scale(tl.max(largest, 0), scales, row)
+    for step in tl.static_range(STEPS):
+        to = step*BLOCK + at
+        if PACK:
+            a,b = _unpack(held[step], dgate)
+            p,q = _times(a, fg, to, width),_times(b, fu, to, width)
+        else: p,q = held[2*step],held[2*step + 1]
+        tl.store(cg + row*cs + to, (p*inverse).to(cg.dtype.element_ty), mask=to < width)
+        tl.store(cu + row*cs + to, (q*inverse).to(cu.dtype.element_ty), mask=to < width)
+
+# %% ../../nbs/70_kernels.middle.ipynb #27d973a7
+@jit
+def _wide_codes_back_kernel(dh, gate, up, dgate, dup, h, fg, fu, cg, cu, scales, rows, width, ds,
+                            gs, os, hs, cs, ACT:tl.constexpr, AGAIN:tl.constexpr,
+                            STEPS:tl.constexpr, ROWS:tl.constexpr, BLOCK:tl.constexpr):
+    r,at = tl.program_id(0)*ROWS + tl.arange(0, ROWS),tl.arange(0, BLOCK)[None, :]
+    row,here = r.to(tl.int64)[:, None],(r < rows)[:, None]
+    largest = tl.zeros([ROWS, BLOCK], tl.float32)
+    for step in range(STEPS):
+        to = step*BLOCK + at
+        a,b = _gradients(dh + row*ds, gate + row*gs, up + row*gs, dgate + row*os, dup + row*os,
+                         h + row*hs, to, here & (to < width), ACT, AGAIN, "")
+        p,q = _times(a, fg, to, width),_times(b, fu, to, width)
+        largest = tl.maximum(largest, tl.maximum(tl.abs(p), tl.abs(q)))
+    inverse = _row_scale(tl.max(largest, 1), scales, r, r < rows)[:, None]
+    tl.debug_barrier()
+    for step in range(STEPS):
+        to = step*BLOCK + at
+        _recode(dgate + row*os, fg, cg + row*cs, inverse, to, width, here)
+        _recode(dup + row*os, fu, cu + row*cs, inverse, to, width, here)
+
+@jit
 def _recode(x, factors, codes, inverse, to, width, here):
     there = here & (to < width)
-    v = tl.load(x + to, mask=there, other=0.).to(tl.float32)
-    v *= tl.load(factors + to, mask=to < width, other=0.)
+    v = _times(tl.load(x + to, mask=there, other=0.), factors, to, width)
     tl.store(codes + to, (v*inverse).to(codes.dtype.element_ty), mask=there)
+
+# %% ../../nbs/70_kernels.middle.ipynb #ae4008ba
+def _way_back(rows, width, again, small):
+    "The kernel that goes back, its programs, the sizes it is told, its blocks and warps."
+    if width > _HELD:
+        how = _shared_steps(rows, width)
+        return _wide_codes_back_kernel,triton.cdiv(rows, how["ROWS"]),(rows, width),how
+    how = _blocks(width, 4096 if again else _HELD)
+    warps = min(32, max(1, how["BLOCK"]//(256 if again else 512)))
+    return _codes_back_kernel,rows,(width,),how | dict(PACK=again and small, num_warps=warps)
+
+def _shared_steps(rows, width):
+    "For programs of several rows, as many as leave enough programs."
+    many = 4 if rows >= 4096 else 2 if rows >= 1024 else 1
+    return _blocks(width, 2048//many) | dict(ROWS=many, num_warps=8)
 
 # %% ../../nbs/70_kernels.middle.ipynb #213470b1
 def glu_backward_codes(dh:Tensor,           # Gradient of the result, [tokens, width]
@@ -140,10 +216,9 @@ def glu_backward_codes(dh:Tensor,           # Gradient of the result, [tokens, w
     strides = (_like(dh, gate.shape, "dh"), row_stride(gate_up), _like(out, gate_up.shape, "out"),
                _like(h, gate.shape, "h") if again else 0, _like(codes, gate_up.shape, "codes"))
     if rows:
-        how = _shared_steps(rows, width)
-        with on(gate): _codes_back_kernel[triton.cdiv(rows, how["ROWS"]),](
-            dh, gate, up, dgate, dup, h if again else dh, fg, fu, cg, cu, scales, rows, width,
-            *strides, ACT=act, AGAIN=again, **how)
+        kernel,programs,sizes,how = _way_back(rows, width, again, out.itemsize == 2)
+        with on(gate): kernel[programs,](dh, gate, up, dgate, dup, h if again else dh, fg, fu, cg,
+                                         cu, scales, *sizes, *strides, ACT=act, AGAIN=again, **how)
     return out, codes, scales
 
 # %% ../../nbs/70_kernels.middle.ipynb #8c4171dd
