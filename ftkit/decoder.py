@@ -16,7 +16,8 @@ from .core import FtkitError
 from .kept import Saving
 from .kernels.edges import SEEDS, adds_up, turned_back
 from .kernels.glu import glu_backward, glu_forward
-from .kernels.middle import glu_backward_codes, glu_codes
+from .kernels.middle import (factor_at_once, glu_backward_codes, glu_backward_factor,
+                                  glu_codes)
 from .kernels.rope import rotate_
 from .quant.linear import _no_autocast
 from .stream import (Norm, _behind, _eight, _found, _marked, _onto, _project_onto, _ranks,
@@ -214,7 +215,7 @@ def forward_piece(self:MlpHalf, middle, x, factor, out, keeps=()):
     if "normed" in keeps: kept.normed = found
     del found # there has to be room for the next
     h,more = room(self.down, len(middle), width, middle),{}
-    if "product" in keeps and self.down.trainable: kept.h = h
+    if "product" in keeps and self.down.trainable and not self.at_once(middle): kept.h = h
     how = self.plain(kept),self.act,h[:,:width]
     if _eight(self.down): more = dict(codes=glu_codes(*how)[1:])
     else: glu_forward(*how)
@@ -258,14 +259,35 @@ def backward_piece(self:MlpHalf, dy, middle, kept, out, wide, again, total=None)
     return of_norm + of_after + of_up + of_down
 
 @patch
+def at_once(self:MlpHalf,
+            x:Tensor # Of the type that is computed in, where that is done
+           )->bool:
+    "Whether the gradient of the last LoRA's A is made beside that of gate and up, without h."
+    up,down = self.gate_up,self.down
+    if not (down.enabled and down.learns) or (_eight(up) and up.back): return False
+    if any(n not in ("A", "B") for _,n,_ in down.trained): return False
+    if any(m._modules["dropout"].p for m in down.loras): return False
+    return factor_at_once(x, down.R)
+
+@patch
+def factor_gradient(self:MlpHalf, dh, gate_up, dxa, known):
+    "The gradient of gate and up in their place; what is known then of the last LoRA's."
+    A,B,again,done = known or (*self.down._slots(), "")
+    kind = self.down.factors[0].dtype
+    A = glu_backward_factor(dh, gate_up, dxa, self.act, gate_up, kind, A, again)[1]
+    return A, B, again, done + "A"
+
+@patch
 def down_gradient(self:MlpHalf, dy, kept, into=None):
     "Put the gradient of gate and up in their place; those of the last projection; codes."
     gate_up,up,more = self.plain(kept),self.gate_up,{}
     dh,h,kept.h = dy.new_empty(len(dy), self.down.in_features),kept.h,None
     how = dict(act=self.act, out=gate_up, h=dh if h is None and self.down.trainable else None)
-    def turn():
-        if not (_eight(up) and up.back): return glu_backward(dh, gate_up, **how)
-        more.update(codes=glu_backward_codes(dh, gate_up, up.column_factors, **how)[1:])
+    def turn(dxa, known):
+        if self.at_once(dh): return self.factor_gradient(dh, gate_up, dxa, known)
+        if not (_eight(up) and up.back): glu_backward(dh, gate_up, **how)
+        else: more.update(codes=glu_backward_codes(dh, gate_up, up.column_factors, **how)[1:])
+        return known
     grads = self.down.project_backward(dy, dh if h is None else h, kept.xa_down, out=dh,
                                        seed=kept.seeds[1], between=turn,
                                        **_into(self.down, into))[1]

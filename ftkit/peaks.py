@@ -73,6 +73,7 @@ class LayerShape:
     eight:bool=False  # Whether products take codes of eight bits, made for each
     space:int=0       # Bytes for each token that the backward pass of attention works in
     rank:int=0        # The largest of a layer's LoRA in gate and up
+    once:bool=False   # Whether no gradient needs what the last projection reads
 
 # %% ../nbs/83_peaks.ipynb #7388c6b3
 def layer_shape(layer,         # `decoder.Layer`
@@ -92,7 +93,12 @@ def layer_shape(layer,         # `decoder.Layer`
                       m.gate_up.N if m else 0, ranks, copies,
                       bytes_of(trained), made, biggest, module, (bool(a.after),
                       bool(m and m.after)), bool(a.qk), getattr(a.qkv, "takes_codes", False),
-                      space, max(thin, default=0))
+                      space, max(thin, default=0), bool(m) and m.at_once(_sample(layer, gpu)))
+
+def _sample(layer, gpu):
+    "A tensor as the layer computes with."
+    device = "cuda" if gpu and torch.cuda.is_available() else None
+    return torch.empty(0, dtype=torch.bfloat16, device=device)
 
 # %% ../nbs/83_peaks.ipynb #f01cc347
 def host_bytes(s, saving:Saving, tokens:int, size:int=2)->dict: # What → bytes
@@ -124,7 +130,7 @@ def kept_bytes(s:LayerShape,
 def spare_bytes(s, saving, tokens, size):
     "Of what the levels above `none` keep; ranks have room beside it, but for those of eight bits."
     (qkv,_,up,down),normed = (0,)*4 if s.eight else s.ranks,"normed" in saving.keeps
-    product = s.wide and s.made[3] and "product" in saving.keeps
+    product = s.wide and s.made[3] and not s.once and "product" in saving.keeps
     return dict(normed=normed*tokens*(size*(s.hidden + qkv) + 4),
                 normed_up=tokens*(size*(s.hidden + up) + 4) if normed and s.wide else 0,
                 product=tokens*size*(s.wide + down) if product else 0)
@@ -140,9 +146,11 @@ def mlp_work(s:LayerShape, saving:Saving, tokens:int, size:int=2)->int: # Bytes
     here = 0 if kept else s.gate_up + 2*up + normed
     copied = s.hidden + down if s.copies[1] or s.after[1] else 0
     second = s.hidden + (s.hidden if kept and "normed" not in saving.keeps else 0)
-    if "product" in saving.keeps and s.made[3]: second -= s.wide + down*(not s.eight) # is gone then
+    if "product" in saving.keeps and s.made[3] and not s.once:
+        second -= s.wide + down*(not s.eight) # is gone then
     sums = max(0, sums_bytes(s, piece, size) - piece*size*s.hidden) # gone when that is made
-    high = max(piece*(size*(s.wide + copied) + s.eight*s.hidden) + s.made[3],
+    chunks = s.once*4*8*down*s.wide # of the last factor's gradient
+    high = max(piece*(size*(s.wide + copied) + s.eight*s.hidden) + s.made[3] + chunks,
                piece*(size*second + s.eight*s.gate_up) + sums + sum(s.made[2:]))
     before = sum(s.made[2:]) if len(pieces) > 1 else 0 # the sum of those of earlier pieces
     return there + piece*(size*here + 4) + high + before + s.largest

@@ -201,9 +201,12 @@ def plan_memory(model:nn.Module, # Sped up
     rungs = ladder(len(fast.parts), tokens, on_gpu, on_gpu and why_not_on_host(model) is None,
                    on_gpu and copies_hide(fast, tokens, dtype), _may_unpack(fast),
                    on_gpu and bool(head))
+    if all(s.once for s in base.layers): rungs = [r for r in rungs if not _product(r)]
     if checkpointing: rungs = _frugal(rungs, tokens)
     if checkpointing is False: rungs = [r for r in rungs if r.whole]
     return MemoryPlan(rungs, shapes, budget).settle()
+
+def _product(rung): return any(s.level == "all" for s in rung.saving) # which nobody needs then
 
 def _may_unpack(fast):
     "Whether there are weights in four bits, and memory of a GPU that can hold them unpacked."

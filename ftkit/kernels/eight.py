@@ -307,7 +307,7 @@ def project_backward(self:EightProjection, dy:Tensor, x:Tensor, xa:Tensor, out:T
     V,dxa,known = self._views(dy, False),None,None
     if xa is not None: dxa,known = self._both(dy, xa, V)
     if need_x: out = self._to_input(dy, codes, dxa, V, out, add, seed)
-    if between: between()
+    if between: known = between(dxa, known)
     return out if need_x else None,self._grads(dy, x, xa, dxa, seed, into, known)
 
 # %% ../../nbs/72_kernels.eight.ipynb #fcdc0e4d

@@ -296,7 +296,7 @@ def project_backward(self:Projection,
                      add:Tensor=None,  # Added to it, [T, K]; may be `out`
                      seed:int=None,    # The same as for `project`
                      need_x:bool=True, # Whether the gradient of `x` is wanted
-                     between=None,     # Called when it is there, before `x` itself is read
+                     between=None,     # Called when it is there, before `x` is read: see below
                      into:tuple=None   # Gradients of other tokens: those of weights add to these
                     )->tuple:          # Gradient of `x`, or None; those of `trainable`
     "Gradients of the inputs and of all that learns."
@@ -304,7 +304,7 @@ def project_backward(self:Projection,
     V,dxa,known = self._views(dy, False),None,None
     if xa is not None: dxa,known = self._both(dy, xa, V, wide)
     if need_x: out = self._to_input(dy, wide, dxa, V, out, add, seed)
-    if between: between()
+    if between: known = between(dxa, known)
     return out if need_x else None,self._grads(dy, x, xa, dxa, seed, into, known)
 
 # %% ../../nbs/71_kernels.lora.ipynb #028d8b46
@@ -316,7 +316,7 @@ def _both(self:Projection, dy, xa, V, wide=None):
         return torch.mm(dy, V.sB, out=out), None
     A,B,again = self._slots()
     dxa,B = both(dy, V.sB, xa, self.diagonal, out, self.factors[0].dtype, B, again)
-    return dxa, (A, B, again)
+    return dxa, (A, B, again, "B")
 
 @patch
 def _slots(self:Projection):
@@ -360,8 +360,9 @@ def _grads(self:Projection, dy, x, xa, dxa, seed, into=None, known=None):
 def _factor_grads(self:Projection, dy, x, xa, dxa, seed, known=None):
     "Those of `A`, [R, K], and, without their scales, of `B`, in [N, R]."
     kind = self.factors[0].dtype
-    A,B,again = known or self._slots()
-    if not known: B = product(dy.T, xa, kind, B, again)
+    A,B,again,done = known or (*self._slots(), "")
+    if "B" not in done: B = product(dy.T, xa, kind, B, again)
+    if "A" in done: return A,B
     if not self.dropping: A = product(dxa.T, x, kind, A, again)
     else:
         if A is None: A = dy.new_zeros(self.R, self.K, dtype=kind)
