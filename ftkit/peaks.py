@@ -89,16 +89,13 @@ def layer_shape(layer,         # `decoder.Layer`
     biggest = max((p.N*4*max(p.R, 1) if p.R else 0 for p in parts), default=0)
     space = gpu*4*a.o.K*(1 + (a.kv_heads < a.heads))
     thin = [p.ranks.stop - p.ranks.start for p in m.gate_up.parts if p.lora] if m else []
+    where = "cuda" if gpu and torch.cuda.is_available() else None
+    some = torch.empty(0, dtype=torch.bfloat16, device=where)
     return LayerShape(a.qkv.K, a.qkv.N, a.o.K, a.heads, m.down.K if m else 0,
                       m.gate_up.N if m else 0, ranks, copies,
                       bytes_of(trained), made, biggest, module, (bool(a.after),
                       bool(m and m.after)), bool(a.qk), getattr(a.qkv, "takes_codes", False),
-                      space, max(thin, default=0), bool(m) and m.at_once(_sample(layer, gpu)))
-
-def _sample(layer, gpu):
-    "A tensor as the layer computes with."
-    device = "cuda" if gpu and torch.cuda.is_available() else None
-    return torch.empty(0, dtype=torch.bfloat16, device=device)
+                      space, max(thin, default=0), bool(m) and m.at_once(some))
 
 # %% ../nbs/83_peaks.ipynb #f01cc347
 def host_bytes(s, saving:Saving, tokens:int, size:int=2)->dict: # What → bytes
@@ -123,17 +120,17 @@ def kept_bytes(s:LayerShape,
     out["after"] = tokens*size*s.hidden*(s.after[1] + (s.after[0] and bool(middle)))
     out["gate_up"] = tokens*size*(s.gate_up + up) if mlp else 0
     out |= spare_bytes(s, saving, tokens, size)
-    if not s.wide: out["module"] = tokens*(s.module if "gate_up" in saving.keeps
-                                           else size*s.hidden)
+    if not s.wide: out["module"] = tokens*(s.module if "gate_up" in saving.keeps else s.hidden*size)
     return out
 
 def spare_bytes(s, saving, tokens, size):
     "Of what the levels above `none` keep; ranks have room beside it, but for those of eight bits."
     (qkv,_,up,down),normed = (0,)*4 if s.eight else s.ranks,"normed" in saving.keeps
-    product = s.wide and s.made[3] and not s.once and "product" in saving.keeps
     return dict(normed=normed*tokens*(size*(s.hidden + qkv) + 4),
                 normed_up=tokens*(size*(s.hidden + up) + 4) if normed and s.wide else 0,
-                product=tokens*size*(s.wide + down) if product else 0)
+                product=tokens*size*(s.wide + down) if _keeps_product(s, saving) else 0)
+
+def _keeps_product(s, saving): return "product" in saving.keeps and s.made[3] and not s.once
 
 # %% ../nbs/83_peaks.ipynb #cc65b359
 def mlp_work(s:LayerShape, saving:Saving, tokens:int, size:int=2)->int: # Bytes
@@ -141,19 +138,15 @@ def mlp_work(s:LayerShape, saving:Saving, tokens:int, size:int=2)->int: # Bytes
     there = _two_gradients(s, tokens, size) + again_bytes(s, saving, tokens, size)
     if not s.wide: return there + tokens*(s.module + size*s.hidden)
     (_,_,up,down),kept,pieces = s.ranks,"gate_up" in saving.keeps,saving.slices(tokens)
-    piece = pieces[0].stop - pieces[0].start
-    normed = s.hidden + up
-    here = 0 if kept else s.gate_up + 2*up + normed
+    piece,here = pieces[0].stop,0 if kept else s.gate_up + 3*up + s.hidden
     copied = s.hidden + down if s.copies[1] or s.after[1] else 0
-    second = s.hidden + (s.hidden if kept and "normed" not in saving.keeps else 0)
-    if "product" in saving.keeps and s.made[3] and not s.once:
-        second -= s.wide + down*(not s.eight) # is gone then
+    second = s.hidden*(1 + bool(kept and "normed" not in saving.keeps))
+    if _keeps_product(s, saving): second -= s.wide + down*(not s.eight) # is gone then
     sums = max(0, sums_bytes(s, piece, size) - piece*size*s.hidden) # gone when that is made
-    chunks = s.once*4*8*down*s.wide # of the last factor's gradient
-    high = max(piece*(size*(s.wide + copied) + s.eight*s.hidden) + s.made[3] + chunks,
+    high = max(piece*(size*(s.wide + copied) + s.eight*s.hidden) + s.made[3],
                piece*(size*second + s.eight*s.gate_up) + sums + sum(s.made[2:]))
     before = sum(s.made[2:]) if len(pieces) > 1 else 0 # the sum of those of earlier pieces
-    return there + piece*(size*here + 4) + high + before + s.largest
+    return there + piece*(size*here + 4) + high + before + s.largest + 32*s.once*down*s.wide
 
 def sums_bytes(s, tokens, size):
     "Partial sums of LoRA's gradients, where `kernels.grouped.both` reads that of gate and up once."
@@ -193,11 +186,11 @@ def forward_work(s:LayerShape, saving:Saving, tokens:int, size:int=2)->int: # By
     lost = sum(n for k,n in (("qkv", s.qkv), ("attended", s.attended)) if k not in saving.keeps)
     first = kept + tokens*(size*(lost + s.hidden*(1 + s.after[0]) + s.qkv*s.qk) + 4*s.heads)
     if not s.wide: return first
-    pieces = saving.slices(tokens)
-    piece = pieces[0].stop - pieces[0].start
+    piece = saving.slices(tokens)[0].stop
     parts = dict(normed=s.hidden + up, product=s.wide + down) # of which some may be kept
     inside = max(0 if k in saving.keeps else n for k,n in parts.items()) + s.hidden*s.after[1]
     if "gate_up" not in saving.keeps: inside += s.gate_up + 2*up
+    inside += s.once*2*down*-(-s.wide//128) # partial sums of what the last LoRA's A does
     return max(first, kept + size*(tokens*s.hidden + piece*inside))
 
 # %% ../nbs/83_peaks.ipynb #1f41bf4f

@@ -76,7 +76,8 @@ def passes(T, bench):
     steps, right = torch.rand(32, device="cuda"), codes.new_empty(2*F, 96)
     below = codes.new_empty(F, 48)
     td, tf, n = T*D, T*F, 2*F*D
-    several = [(t.clone().T if s is None else t.clone(), codes.new_empty(rows, D + 128)[:, D:D + 3*r],
+    several = [(t.clone().T if s is None else t.clone(),
+                codes.new_empty(rows, D + 128)[:, D:D + 3*r],
                 steps[:r].clone(), s) for _ in range(8)
                for t, rows, r, s in ((sB, 2*F, 32, scales), (A, F, 16, None))]
     runs = {"copy": (lambda: wide.copy_(gate_up), 8*tf),

@@ -93,12 +93,12 @@ def score_(logits:Tensor,      # What the head says, [rows, vocab]; becomes the 
         return _by_formula(logits, targets, losses, hits, counts, scale, softcap, grad)
     (rows,vocab),targets = logits.shape,targets.contiguous() # a kernel reads them in a row
     counts = None if counts is None else counts.contiguous()
-    block = min(triton.next_power_of_2(vocab), 4096)
+    block = min(triton.next_power_of_2(vocab), 2048)
     with on(logits):
         _score_kernel[rows,](logits, targets, losses if counts is None else counts, losses, hits,
                              row_stride(logits), vocab, scale, softcap or 0.,
                              COUNTS=counts is not None, CAP=bool(softcap), GRAD=grad, BLOCK=block,
-                             num_warps=max(1, min(16, block//512)))
+                             num_warps=max(1, block//256))
     return logits
 
 # %% ../../nbs/53_kernels.loss.ipynb #bd6da075
