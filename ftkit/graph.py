@@ -335,7 +335,7 @@ def _memory_of(fast):
     out = [*SCRATCH.memory.values()]
     if not fast: return out
     if fast.away: out += [t for spare in fast.away.free.values() for t in spare]
-    if fast.edges: out += [fast.edges.there, fast.edges.back]
+    if fast.edges: out += [fast.edges.there, fast.edges.back, *fast.edges.made.values()]
     return out + [(p.moves, p.gathers) for part in fast.parts for p in part.projections]
 
 # %% ../nbs/85_graph.ipynb #c7a5b6ca

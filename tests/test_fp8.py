@@ -11,8 +11,8 @@ from torch.testing import assert_close
 from ftkit.core import FtkitError
 from ftkit.kernels.edges import Edges
 from ftkit.kernels.eight import EightProjection, eight_why_not, rms_codes
-from ftkit.kernels.fp8 import (codes_beside, qtensor_scales, qtensor_to_fp8, quantize_rows,
-                               scaled_linear, transpose_codes, why_not_fp8)
+from ftkit.kernels.fp8 import (CodesBeside, codes_beside, qtensor_scales, qtensor_to_fp8,
+                               quantize_rows, scaled_linear, transpose_codes, why_not_fp8)
 from ftkit.kernels.glu import glu_backward, glu_forward
 from ftkit.kernels.launch import capability, interpreted
 from ftkit.kernels.lora import Projection
@@ -147,6 +147,74 @@ def test_factors_beside_a_weight(rows, ranks):
         assert_close(theirs, steps.cpu())
         parts = plain.float().split(ranks, 1)
         assert off((parts[0] + parts[2])*theirs, whole.cpu()) < 0.004
+
+
+def beside_calls(shapes, dtype=torch.float32, seed=0):
+    "Arguments of `codes_beside`; on a CPU codes are float32, as Triton's interpreter misrounds."
+    for i, (rows, ranks, turned) in enumerate(shapes):
+        v, s = randn(rows, ranks, seed=seed + i, dtype=dtype), randn(rows, 1, seed=9).abs() + 0.01
+        codes = torch.full((rows, 3*ranks + 32), 7., device=DEVICE)
+        if GPU: codes = codes.to(E4M3)
+        steps = torch.full((ranks,), 7., device=DEVICE)
+        yield v.T.contiguous().T if turned else v, codes[:, 16:-16], steps, None if turned else s
+
+
+def raw(t): return t.contiguous().view(torch.uint8)
+
+
+def clones(calls):
+    for v, codes, steps, s in calls:
+        copy = codes._base.clone()
+        yield v, copy[:, 16:-16], steps.clone(), s
+
+
+@pytest.mark.filterwarnings("ignore:invalid value")  # NaN
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16))
+def test_factors_beside_many_weights(dtype):
+    "In two launches what comes out one by one, to the last bit; again with other factors."
+    shapes = (16, 16, False), (272, 48, False), (592, 64, True), (256, 16, True), (528, 32, False)
+    ours = list(beside_calls(shapes, dtype))
+    theirs = list(clones(ours))
+    with kernels():
+        many = CodesBeside(ours)
+        assert len(many.table[1]) == 1 + 2*3 + 3*4 + 1 + 3*2
+        for change in range(3):
+            for v, *_ in ours:
+                v.mul_(-1.7**change)
+                if change == 0: v[:, 3] = 0
+                if change == 2: v[-1, 5], v[3, 7] = float("nan"), float("inf")
+            many()
+            for call in theirs: codes_beside(*call)
+            for a, b in zip(ours, theirs):
+                assert torch.equal(raw(a[1]._base), raw(b[1]._base))
+                assert torch.equal(raw(a[2]), raw(b[2])) and (change == 2 or a[2][3] == 0)
+    assert ours[0][2][5].isnan() and ours[0][2][7].isinf()
+
+
+def test_factors_beside_many_weights_of_all_kinds():
+    "Of several types, at odd places, or by formulas: one by one."
+    def both(calls, table=False):
+        theirs = list(clones(calls))
+        with kernels():
+            many = CodesBeside(calls)
+            many()
+            for call in theirs: codes_beside(*call)
+        assert (many.table is not None) == table
+        for a, b in zip(calls, theirs): assert torch.equal(raw(a[1]), raw(b[1]))
+    some = list(beside_calls([(48, 16, False), (32, 16, True)]))
+    both(some, table=True)
+    both(some[1:], table=True)  # no scales at all
+    both(some + list(beside_calls([(48, 16, False)], torch.float16)))
+    for odd in ((40, 16, False), (48, 24, False), (40, 16, True)):
+        both(some + list(beside_calls([odd])))
+    (v, *rest), = beside_calls([(48, 16, False)])
+    both(some + [(v.new_zeros(48*16 + 1)[1:].view(48, 16).copy_(v), *rest)])
+    both(some + [(v.new_zeros(48, 40)[:, ::2][:, :16].copy_(v), *rest)])
+    CodesBeside([])()
+    plain = [tuple(t if t is None else t.cpu() for t in call) for call in some]
+    if not GPU:
+        CodesBeside(plain)()
+        for a, b in zip(plain, some): assert_close(a[2], b[2].cpu())
 
 
 def test_no_rows():
@@ -327,8 +395,8 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from ftkit.kernels.eight import _norm_codes_kernel, _onto_kernel
-from ftkit.kernels.fp8 import (_beside_kernel, _rows_kernel, _turn_kernel, _turned_kernel,
-                               _wide_rows_kernel)
+from ftkit.kernels.fp8 import (_all_beside_kernel, _beside_kernel, _rows_kernel, _tops_kernel,
+                               _turn_kernel, _turned_kernel, _wide_rows_kernel)
 from ftkit.kernels import middle
 
 def compiled(kernel, types, warps=8, arch=90, **constants):
@@ -359,6 +427,15 @@ many = [compiled(_rows_kernel, rows, 16, 89, FACTORS=True, SMALL=0, BLOCK=16384)
         compiled(_wide_rows_kernel, rows, FACTORS=False, SMALL=32, BLOCK=4096)]
 beside = typed(_beside_kernel, **bf16("v"), **fp32("top scales steps"), **fp8("codes"))
 for s in True, False: compiled(_beside_kernel, beside, 4, SCALES=s, SMALL=32, HIGH=64)
+all_beside = dict(table="*i64", owners="*i32", tops="*i32", **bf16("v"), **fp32("scales steps"),
+                  **fp8("codes"))
+for arch in 89, 90:
+    tops = compiled(_tops_kernel, typed(_tops_kernel, **all_beside), 4, arch, HIGH=256)
+    right = compiled(_all_beside_kernel, typed(_all_beside_kernel, **all_beside), 4, arch,
+                     TILES=128, HIGH=256)
+    for k in tops, right:
+        assert "ld.local" not in k.asm["ptx"] and "ld.global.v4" in k.asm["ptx"]
+    assert "div.rn.f32" in tops.asm["ptx"] and "st.global.v4" in right.asm["ptx"]
 compiled(_turn_kernel, "codes:*u8 out:*u8 rows:i32 columns:i32 stride:i32 out_stride:i32", SIDE=128)
 compiled(_turned_kernel, "codes:*i32 absmax:*u8 nested:*fp32 offset:*fp32 values:*fp32 "
          "table:*fp32 factors:*fp32 out:*fp8e4nv rows:i32 stride:i32 first:i32", COLUMNS=4096,
@@ -506,6 +583,87 @@ def test_layers_that_share_memory_have_factors_of_their_own():
     assert off(p.project(x)[0], y) == 0  # nothing has been spread since
     edges.close()
     assert off(p.project(x)[0], Projection(modules).project(x)[0]) < 0.045
+
+
+def right_of(p, turned):
+    "The bytes beside held codes, and the steps."
+    return p.held[turned].view(torch.uint8)[:, (p.K, p.N)[turned]:].clone(), p.steps[int(turned)]*1
+
+
+@pytest.mark.parametrize("formula", (False, True))
+@pytest.mark.parametrize("keep", ("both", "one", "none"))
+def test_factors_of_all_projections_at_once(keep, formula, monkeypatch):
+    "What `Edges` has written is, to the last bit, what each projection writes by itself."
+    shapes = ((1024,), 512, 16), ((512,), 1024, 16), ((768, 768), 768, 8), ((256,), 768, 5), \
+        ((64,), 64, 4)
+    loras = [wide(*outs, width=width, r=r) for outs, width, r in shapes]
+    make = lambda: [EightProjection(m, keep=keep, wait=False) for m in loras]
+    ours, theirs, written = make(), make(), []
+    monkeypatch.setattr("ftkit.kernels.eight.codes_beside", lambda *a: written.append(a) or
+                        codes_beside(*a))
+    for p in ours + theirs: p.hold(torch.bfloat16)
+    context = nullcontext if formula else kernels
+    with context():
+        edges = Edges(ours)
+        for i in range(3):
+            edges.spread()
+            assert not written
+            for p, q in zip(ours, theirs):
+                q.spread(q.views.A, q.views.sB)
+                for turned in p.held:
+                    assert (p.stamps[turned] is edges.turn) == p.joined[turned]
+                    if not p.joined[turned]: continue
+                    assert p._beside(p.views, p.held[turned], turned) is not None and not written
+                    q._beside(q.views, q.held[turned], turned)
+                    assert written.pop() and right_of(p, turned)[1].any()
+                    assert all(map(torch.equal, right_of(p, turned), right_of(q, turned)))
+            for t in (t for p in ours for t in p.factors): t.data.mul_(1.5).add_(0.01*i)
+        if keep == "none": assert not any(p.held for p in ours)
+        tables = [made[1] for made in edges.made.values() if made]
+        assert len(tables) == (keep != "none")
+        edges.spread()
+        assert all(made[1] is t for made, t in zip(edges.made.values(), tables))  # made once
+    if tables: assert (tables[0].table is None) == (formula and not GPU)
+
+
+def test_factors_at_once_are_never_old():
+    "With LoRA off, factors elsewhere, weights replaced, or nobody to spread them."
+    p = EightProjection(modules := wide(1024), wait=False)
+    x, m = randn(17, 512), modules[0]
+    right = lambda: off(p.project(x)[0], Projection(modules).project(x)[0]) < 0.045
+    p.hold(torch.float32)
+    edges = Edges([p])
+    def again(change):
+        change()
+        edges.spread()
+        assert p.stamps[0] is edges.turn and right() and p.stamps[0] is edges.turn
+    def elsewhere(): m.B.data = randn(1024, 16, seed=4)
+    again(lambda: None)
+    known, = edges.made.values()
+    again(lambda: m.B.data.mul_(-9))
+    again(elsewhere)
+    assert edges.made[p.together] is known  # these were copied to the same place
+    m.enabled = False
+    edges.spread()
+    assert p.stamps[0] is not edges.turn and right() and edges.made[p.together] is known
+    m.enabled = True
+    assert right() and p.stamps[0] is edges.turn  # written by itself
+    m.base.weight.data.mul_(0.3)
+    m.base.weight.data = m.base.weight.data*1
+    m.B.data.mul_(-2)
+    edges.spread()
+    assert right() and right() and p.stamps[0] is edges.turn  # codes were made anew since
+    again(lambda: m.B.data.mul_(3))
+    assert edges.made[p.together] is not known
+    half = x.bfloat16()  # another type than the one that is held
+    assert off(p.project(half)[0].float(), Projection(modules).project(x)[0]) < 0.05
+    assert right()
+    edges.close()
+    m.B.data.mul_(-5)
+    assert right() and p.stamps[0] is None
+    p.release(); p.hold(torch.float32)
+    edges = Edges([p])
+    again(lambda: m.B.data.mul_(0.1))
 
 
 def test_hold_and_release_change_nothing():

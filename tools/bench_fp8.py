@@ -61,8 +61,8 @@ def check():
 def passes(T, bench):
     from ftkit.kernels.eight import rms_codes
     from ftkit.kernels.middle import glu_backward_codes, glu_codes
-    from ftkit.kernels.fp8 import (codes_beside, qtensor_scales, qtensor_to_fp8, quantize_rows,
-                                   transpose_codes)
+    from ftkit.kernels.fp8 import (CodesBeside, codes_beside, qtensor_scales, qtensor_to_fp8,
+                                   quantize_rows, transpose_codes)
     from ftkit.kernels.glu import glu_backward, glu_forward
     from ftkit.kernels.norm import rms_forward
     from ftkit.quant.qtensor import quantize
@@ -76,11 +76,15 @@ def passes(T, bench):
     steps, right = torch.rand(32, device="cuda"), codes.new_empty(2*F, 96)
     below = codes.new_empty(F, 48)
     td, tf, n = T*D, T*F, 2*F*D
+    several = [(t.clone().T if s is None else t.clone(), codes.new_empty(rows, D + 128)[:, D:D + 3*r],
+                steps[:r].clone(), s) for _ in range(8)
+               for t, rows, r, s in ((sB, 2*F, 32, scales), (A, F, 16, None))]
     runs = {"copy": (lambda: wide.copy_(gate_up), 8*tf),
             "rows of 4096": (lambda: quantize_rows(x), 3*td),
             "rows of 4096, LoRA beside": (lambda: quantize_rows(x, beside=(xa, steps)), 3*td),
             "factors beside gate, up": (lambda: codes_beside(sB, right, steps, scales), 4*F*80),
             "factors beside down": (lambda: codes_beside(A.T, below, steps[:16]), F*80),
+            "factors beside 8 layers": (CodesBeside(several), 8*F*560),
             "rows of 14336": (lambda: quantize_rows(h), 3*tf),
             "rows of 28672, factors": (lambda: quantize_rows(gate_up, factors), 6*tf),
             "norm alone": (lambda: rms_forward(x, weight, 1e-6, residual=r, summed=r), 8*td),

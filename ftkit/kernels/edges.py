@@ -343,7 +343,7 @@ class Edges:
                 ):
         self.projections = [p for p in projections if p.views is not None and p.R]
         self.defer = defer and any(t[1] in "AB" for p in self.projections for t in p.trained)
-        self.ran,self.there,self.back,self.turn = set(),None,None,None
+        self.ran,self.there,self.back,self.turn,self.made = set(),None,None,None,{}
         for p in self.projections: p.shared = self
         if self.defer: self._make_slots()
 
@@ -364,6 +364,8 @@ class Edges:
             srcs,dsts,scales = map(_flat, zip(*(p.edges(p.views.A, p.views.sB) for p in held)))
             self.there = key,Moves(srcs, dsts, scales),srcs,dsts
         self.there[1](*self.there[2:])
+        for make in {p.together for p in held if hasattr(p, "together")}:
+            self.made[make] = make(held, self.turn, self.made.get(make))
 
 def _flat(lists): return [t for some in lists for t in some]
 

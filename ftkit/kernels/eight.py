@@ -11,8 +11,9 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
 from ..core import FtkitError
-from .fp8 import (_row_scale, codes_beside, qtensor_scales, qtensor_to_fp8,
-                               quantize_rows, scaled_linear, transpose_codes, why_not_fp8)
+from .fp8 import (CodesBeside, _row_scale, codes_beside, qtensor_scales,
+                               qtensor_to_fp8, quantize_rows, scaled_linear, transpose_codes,
+                               why_not_fp8)
 from .launch import dot_precision, jit, on, row_stride, tl, triton
 from .lora import Projection, why_not
 from .middle import _fits, _room
@@ -241,11 +242,16 @@ def _beside(self:EightProjection, V, codes, turned):
     "Have the factors beside the weights; the steps of their columns, [R]."
     now = self.shared.turn if self.shared and V is self.views else None
     if now is None or self.stamps[turned] is not now:
-        v,scales = (V.A.T, None) if turned else (V.sB, self.scales)
-        first = self.N if turned else self.K
-        codes_beside(v, codes[:,first:first + 3*self.R], self.steps[int(turned)], scales)
+        codes_beside(*self._right(V, codes, turned))
         self.stamps[turned] = now
     return self.steps[int(turned)]
+
+@patch
+def _right(self:EightProjection, V, codes, turned):
+    "What `codes_beside` is given."
+    v,scales = (V.A.T, None) if turned else (V.sB, self.scales)
+    first = self.N if turned else self.K
+    return v, codes[:,first:first + 3*self.R], self.steps[int(turned)], scales
 
 @patch
 def _pair(self:EightProjection, x, codes, small, V, turned=False):
@@ -383,3 +389,18 @@ def fetch(self:EightProjection)->None:
     if same: self.state = self._state()
 
 def _there(w, device): return w.to(device) if device.type != "cpu" else w.clone()
+
+# %% ../../nbs/72_kernels.eight.ipynb #faeb91b2
+def _together(projections, turn, known):
+    "Write what `_beside` would; tensors and their `CodesBeside`, which are `known` the next time."
+    some = [(p, turned) for p in projections if isinstance(p, EightProjection) and p.enabled
+            for turned in p.held if p.joined[turned]]
+    if not some: return known # a pass without LoRA, between others that have it
+    key = [t for p,turned in some for t in (p.steps, p.views, p.held[turned])]
+    if not (known and len(known[0]) == len(key) and all(a is b for a,b in zip(known[0], key))):
+        known = key,CodesBeside([p._right(p.views, p.held[turned], turned) for p,turned in some])
+    known[1]()
+    for p,turned in some: p.stamps[turned] = turn
+    return known
+
+EightProjection.together = staticmethod(_together)
