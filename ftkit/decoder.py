@@ -21,7 +21,7 @@ from .kernels.middle import (factor_at_once, glu_backward_codes, glu_backward_fa
 from .kernels.rope import rotate_
 from .quant.linear import _no_autocast
 from .stream import (Norm, _behind, _eight, _found, _marked, _onto, _project_onto, _ranks,
-                          room, roomy)
+                          _starts_there, room, roomy)
 
 # %% ../nbs/74_decoder.ipynb #b98a83e9
 @dataclass(eq=False)
@@ -178,9 +178,9 @@ class MlpHalf:
         after = self.after.trainable if self.after else ()
         return self.norm.trainable + after + self.gate_up.trainable + self.down.trainable
 
-    def project(self, middle, kept, residual=None, factor=1.):
+    def project(self, middle, kept, residual=None, factor=1., twice=None):
         "Gate and up as one matrix, with room behind it for their gradient; the norm's results."
-        normed,inverse,more = self.norm.into(self.gate_up, middle, residual, factor)
+        normed,inverse,more = self.norm.into(self.gate_up, middle, residual, factor, twice)
         kept.gate_up = room(self.gate_up, len(middle), self.gate_up.out_features, middle)
         kept.xa_up = self.gate_up.project(normed, self.plain(kept), kept.seeds[0], **more)[1]
         return normed, inverse
@@ -211,7 +211,8 @@ def forward(self:MlpHalf,
 def forward_piece(self:MlpHalf, middle, x, factor, out, keeps=()):
     "Fill `out`; what is kept of it."
     kept = SimpleNamespace(seeds=_seeds(self.gate_up, self.down), normed=None, h=None)
-    found,width = self.project(middle, kept, x, factor),self.down.in_features
+    twice = out if _starts_there(self, middle, out) else None
+    found,width = self.project(middle, kept, x, factor, twice),self.down.in_features
     if "normed" in keeps: kept.normed = found
     del found # there has to be room for the next
     h,more = room(self.down, len(middle), width, middle),{}
@@ -223,7 +224,9 @@ def forward_piece(self:MlpHalf, middle, x, factor, out, keeps=()):
     if self.after:
         kept.y,kept.xa_down = self.down.project(h, None, kept.seeds[1], **more)
         _onto(middle, self.after.forward(kept.y)[0], self.factor, out)
-    else: kept.xa_down = _project_onto(self.down, h, middle, self.factor, out, kept.seeds[1], more)
+    else:
+        start = middle if twice is None else out
+        kept.xa_down = _project_onto(self.down, h, start, self.factor, out, kept.seeds[1], more)
     return kept
 
 # %% ../nbs/74_decoder.ipynb #9885d8ef

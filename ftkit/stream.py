@@ -47,10 +47,11 @@ class Norm:
         "What is normed; one over the length of each row."
         return rms_forward(x, self.module.weight, self.eps, self.plus, out=out)[:2]
 
-    def into(self, projection, x, residual=None, factor=1.):
+    def into(self, projection, x, residual=None, factor=1., twice=None):
         "What is normed, with room for a projection's ranks; 1/length; what else that one is told."
         wide,how = room(projection, *x.shape, x),{}
         if residual is not None: how = dict(residual=residual, scale=factor, summed=x)
+        if twice is not None: how.update(twice=twice)
         write = rms_codes if _coded(projection) else rms_forward
         found = write(x, self.module.weight, self.eps, self.plus, out=wide[:,:x.shape[1]], **how)
         return wide, found[1], dict(codes=found[3:]) if _coded(projection) else {}
@@ -68,6 +69,11 @@ def _project_onto(p, x, residual, factor, out, seed, more):
     "Into `out`: residual + factor·(what a projection says); xa."
     if not _eight(p): return p.project(x, out, seed, residual, factor, **more)[1]
     return p.project_onto(x, residual, factor, out, seed, **more)
+
+def _starts_there(half, middle, out):
+    "Whether the last product had better find the middle in `out` already."
+    if _coded(half.gate_up) or _eight(half.down) or half.down.biased: return False
+    return half.factor == 1 and not half.after and out.data_ptr() != middle.data_ptr()
 
 # %% ../nbs/73_stream.ipynb #0751403c
 def _behind(half, dy, kept, projection, wide):

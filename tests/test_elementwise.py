@@ -86,6 +86,27 @@ def test_norm_of_a_sum_in_place(width, kernel):
 
 
 @pytest.mark.parametrize("kernel", WAYS)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("scale", [1., .25])
+@pytest.mark.parametrize("shape", [(1, 1), (9, 33), (3, 1000), (2, 16400), (5, 3, 24), (0, 8)])
+def test_the_sum_goes_to_two_places(shape, scale, kind, kernel):
+    "To the last bit what is written to one, and nothing beside the rows."
+    gap = 0 if len(shape) == 3 else 3
+    x, r = fresh(*shape, kind=kind, gap=gap), fresh(*shape, kind=kind, gap=2*gap)
+    weight, width = fresh(shape[-1], kind=kind), shape[-1]
+    wide = fresh(*shape[:-1], width + 5*bool(gap), kind=kind)
+    before, twice = wide.clone(), wide[..., :width]
+    with way(kernel):
+        expected = rms_forward(x, weight, 1e-5, residual=r, scale=scale)
+        found = rms_forward(x, weight, 1e-5, residual=r, scale=scale, twice=twice)
+        again = rms_forward(x.clone(), weight, 1e-5, residual=r, summed=r, scale=scale, twice=x)
+    assert found[2] is not twice and again[2] is r
+    for ours in (*found, twice), (*again, x):
+        assert_close(ours, (*expected, expected[2]), rtol=0, atol=0)
+    assert torch.equal(wide[..., width:], before[..., width:])
+
+
+@pytest.mark.parametrize("kernel", WAYS)
 @pytest.mark.parametrize("plus", [0., 1.])
 def test_wide_rows_sum_the_gradient_of_the_weight(plus, kernel):
     x, add, dy = (fresh(7, 8193, gap=i) for i in range(3)) # more rows than programs on a CPU
@@ -168,7 +189,10 @@ def test_norm_refuses():
         "give \\[tokens": lambda: rms_forward(x[None, None], weight, 1e-5),
         "contiguous rows": lambda: rms_forward(fresh(8, 4).T, weight, 1e-5),
         "as x has": lambda: rms_forward(x, weight, 1e-5, residual=fresh(3, 8)),
-        "give residual": lambda: rms_forward(x, weight, 1e-5, scale=2.),
+        "scale is for a sum": lambda: rms_forward(x, weight, 1e-5, scale=2.),
+        "twice is for a sum": lambda: rms_forward(x, weight, 1e-5, twice=x),
+        "as x has, found \\(3, 8\\)": lambda: rms_forward(x, weight, 1e-5, residual=x,
+                                                        twice=fresh(3, 8)),
         "one number for each": lambda: rms_backward(x, x, weight, fresh(3))}.items():
         for kernel in WAYS:
             with way(kernel), pytest.raises(ValueError, match=match): call()

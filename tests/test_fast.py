@@ -2,6 +2,7 @@
 import copy
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest, torch, transformers
 from torch import nn
@@ -16,6 +17,7 @@ from ftkit.fast import (find_decoder, is_fast, rows_of_call, set_saving, slow_do
 from ftkit.kernels.launch import interpreted
 from ftkit.kept import Away, Saving, keep_on_host
 from ftkit.kernels.edges import SCRATCH
+from ftkit.kernels.lora import Projection
 from ftkit.lora.inject import LoraConfig, add_lora, lora_disabled, merge_lora, unload_lora
 from ftkit.models.load import load_model
 from ftkit.quant.linear import quantize_model
@@ -164,6 +166,45 @@ def test_weights_in_one_matrix(defer, layers_run):
     slow_down(model)
     assert model.model.layers[0].mlp.up_proj.base.weight.is_contiguous()
     near(step(model), expected)
+
+
+AHEAD = {"plain": (lambda: tiny("Llama"), True), "lora": (lambda: with_lora(tiny_llama()), True),
+         "held": (lambda: with_lora(tiny_llama()), True),
+         "four bits": (lambda: with_lora(quantize_model(tiny_llama())), True),
+         "biases": (lambda: with_lora(tiny_llama(mlp_bias=True)), False),
+         "factor": (lambda: tiny("Granite"), False), "norm behind": (lambda: tiny("Gemma2"), False)}
+
+
+@pytest.mark.parametrize("kind", AHEAD)
+@pytest.mark.parametrize("plan", ["all", Saving("some", piece=5), "most"])
+def test_the_output_starts_from_the_middle(kind, plan, monkeypatch):
+    "Put there by the norm or by the product: to the last bit the same, both ways, where it may be."
+    make, may = AHEAD[kind]
+    model, dev = make().train(), "cuda" if torch.cuda.is_available() else "cpu"
+    model, ids, plain, asked = model.to(dev), IDS.to(dev), ftkit.decoder._starts_there, []
+    speed_up(model, plan, hold=kind == "held")
+    ways = [nullcontext] if dev == "cuda" else [nullcontext] + [interpreted]*(plan == "all")
+    for way in ways:
+        def run():
+            with way(): return step(model, ids)
+        monkeypatch.setattr(ftkit.decoder, "_starts_there", lambda *args: False)
+        loss, grads = run()
+        monkeypatch.setattr(ftkit.decoder, "_starts_there",
+                            lambda *args: asked.append(plain(*args)) or asked[-1])
+        found, again = run()
+        assert torch.equal(found, loss) and again.keys() == grads.keys()
+        if dev == "cuda": near((found, again), (loss, grads)) # attention adds up in any order there
+        else: assert all(torch.equal(g, grads[n]) for n, g in again.items())
+    assert asked and set(asked) == {may and plan != "most"}
+
+
+def test_eight_bits_start_from_the_middle_itself():
+    p = Projection([nn.Linear(4, 4, bias=False)])
+    coded, joined = (SimpleNamespace(takes_codes=True, joined=(j, j), biased=False) for j in (0, 1))
+    def starts(gate_up, down): return ftkit.decoder._starts_there(
+        SimpleNamespace(gate_up=gate_up, down=down, factor=1., after=None), IDS[0], IDS[1])
+    assert starts(p, p) and starts(joined, p)
+    assert not starts(coded, p) and not starts(p, coded) and not starts(p, joined)
 
 
 def test_dropout_is_the_same_on_the_way_back(layers_run):

@@ -99,6 +99,8 @@ def calls(tokens, args, new):
     return {
         "norm": (partial(rms_forward, x, w, 1e-5, out=y), 2*row),
         "add, norm": (partial(rms_forward, x, w, 1e-5, residual=r, out=y, summed=r), 4*row),
+        "add, norm, twice": (partial(rms_forward, x, w, 1e-5, residual=r, out=y, summed=r,
+                                     twice=torch.empty_like(x)), 5*row),
         "norm back": (back, 3*row),
         "norm back, add": (partial(back, add=r), 4*row),
         "norm back, weight": (partial(back, add=r, need_weight=True), 4*row),

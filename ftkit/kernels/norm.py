@@ -36,9 +36,9 @@ def _place(row, column, stride, width, HEADS:tl.constexpr):
     return ((row//HEADS).to(tl.int64)*stride + (row % HEADS)*width)[:, None] + column
 
 @jit(do_not_specialize=["rows"])
-def _norm_kernel(x, residual, weight, y, summed, inverse, eps, scale, rows, width, xs, rs, ys, ss,
-                 HEADS:tl.constexpr, ROWS:tl.constexpr, BLOCK:tl.constexpr, PLUS:tl.constexpr,
-                 ADD:tl.constexpr):
+def _norm_kernel(x, residual, weight, y, summed, twice, inverse, eps, scale, rows, width, xs, rs,
+                 ys, ss, ts, HEADS:tl.constexpr, ROWS:tl.constexpr, BLOCK:tl.constexpr,
+                 PLUS:tl.constexpr, ADD:tl.constexpr, TWICE:tl.constexpr):
     row,column = tl.program_id(0)*ROWS + tl.arange(0, ROWS),tl.arange(0, BLOCK)[None, :]
     there = (row < rows)[:, None] & (column < width)
     v = tl.load(x + _place(row, column, xs, width, HEADS), mask=there, other=0.).to(tl.float32)
@@ -47,6 +47,7 @@ def _norm_kernel(x, residual, weight, y, summed, inverse, eps, scale, rows, widt
         v = v*scale + tl.load(residual + at, mask=there, other=0.).to(tl.float32)
         v = v.to(summed.dtype.element_ty)
         tl.store(summed + _place(row, column, ss, width, HEADS), v, mask=there)
+        if TWICE: tl.store(twice + _place(row, column, ts, width, HEADS), v, mask=there)
         v = v.to(tl.float32) # the norm is that of the rounded sum, which the next layer reads
     i = tl.rsqrt(tl.sum(v*v, 1)/width + eps)
     tl.store(inverse + row, i, mask=row < rows)
@@ -57,8 +58,9 @@ def _norm_kernel(x, residual, weight, y, summed, inverse, eps, scale, rows, widt
 
 # %% ../../nbs/50_kernels.norm.ipynb #9f1c7f97
 @jit
-def _norm_wide_kernel(x, residual, weight, y, summed, inverse, eps, scale, width, xs, rs, ys, ss,
-                      BLOCK:tl.constexpr, PLUS:tl.constexpr, ADD:tl.constexpr):
+def _norm_wide_kernel(x, residual, weight, y, summed, twice, inverse, eps, scale, width, xs, rs, ys,
+                      ss, ts, BLOCK:tl.constexpr, PLUS:tl.constexpr, ADD:tl.constexpr,
+                      TWICE:tl.constexpr):
     row,column = tl.program_id(0).to(tl.int64),tl.arange(0, BLOCK)
     squares = tl.zeros([BLOCK], tl.float32)
     for at in range(0, width, BLOCK):
@@ -68,6 +70,7 @@ def _norm_wide_kernel(x, residual, weight, y, summed, inverse, eps, scale, width
             v = v*scale + tl.load(residual + row*rs + c, mask=c < width, other=0.).to(tl.float32)
             v = v.to(summed.dtype.element_ty)
             tl.store(summed + row*ss + c, v, mask=c < width)
+            if TWICE: tl.store(twice + row*ts + c, v, mask=c < width)
             v = v.to(tl.float32)
         squares += v*v
     i = tl.rsqrt(tl.sum(squares, 0)/width + eps)
@@ -119,19 +122,20 @@ def _check(x, weight):
 # %% ../../nbs/50_kernels.norm.ipynb #896995d4
 WHOLE,WHOLE_BACK,CHUNK = 16384,8192,4096 # Widest rows held in registers; else the part held
 
-def _launch_norm(x, weight, eps, plus, residual, y, summed, scale):
-    add = residual is not None
-    if not add: residual = summed = x
+def _launch_norm(x, weight, eps, plus, residual, y, summed, scale, twice):
+    how = dict(PLUS=plus, ADD=residual is not None, TWICE=twice is not None)
+    if residual is None: residual = summed = x
+    if twice is None: twice = summed
     inverse = torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
     rows,width,wide = inverse.numel(),x.shape[-1],x.shape[-1] > WHOLE and x.ndim == 2
     shape = dict(BLOCK=CHUNK, num_warps=8) if wide else _shape(width)
-    strides = [_stride(t, x) for t in (x, residual, y, summed)]
-    args = x,residual,weight,y,summed,inverse,float(eps),float(scale)
+    strides = [_stride(t, x) for t in (x, residual, y, summed, twice)]
+    args = x,residual,weight,y,summed,twice,inverse,float(eps),float(scale)
     if rows == 0: return y, inverse, summed
     with on(x):
-        if wide: _norm_wide_kernel[rows,](*args, width, *strides, PLUS=plus, ADD=add, **shape)
+        if wide: _norm_wide_kernel[rows,](*args, width, *strides, **how, **shape)
         else: _norm_kernel[triton.cdiv(rows, shape["ROWS"]),](
-            *args, rows, width, *strides, PLUS=plus, ADD=add, HEADS=_heads(x), **shape)
+            *args, rows, width, *strides, HEADS=_heads(x), **how, **shape)
     return y, inverse, summed
 
 # %% ../../nbs/50_kernels.norm.ipynb #6825059d
@@ -142,17 +146,21 @@ def rms_forward(x:Tensor,             # [tokens, dim], or [tokens, heads, head_d
                 residual:Tensor=None, # Like x; normed is then scale*x + residual
                 out:Tensor=None,      # Where the normed rows go
                 summed:Tensor=None,   # Where the sum goes; may be `residual`
-                scale:float=1.        # Factor of x in the sum
+                scale:float=1.,       # Factor of x in the sum
+                twice:Tensor=None     # Where the sum goes as well, like x
                )->tuple:              # Normed rows; 1/rms of each, float32; the sum, or x if none
     "Rows divided by their root mean square, and what the way back needs."
     _check(x, weight)
-    if residual is None and scale != 1: raise ValueError("scale is for a sum: give residual too")
     kernel,add = fits_kernels(x),residual is not None
+    if not add and scale != 1: raise ValueError("scale is for a sum: give residual too")
+    if not add and twice is not None: raise ValueError("twice is for a sum: give residual too")
     y = torch.empty_like(x) if out is None else out
     if add and summed is None: summed = torch.empty_like(x)
-    if kernel: return _launch_norm(x, weight, eps, plus, residual, y, summed, scale)
-    for t in (residual, y, summed) if add else (y,): _stride(t, x)
+    if kernel: return _launch_norm(x, weight, eps, plus, residual, y, summed, scale, twice)
+    for t in (residual, y, summed, twice) if add else (y,):
+        if t is not None: _stride(t, x)
     if add: x = summed.copy_(_sum(x, residual, scale))
+    if twice is not None: twice.copy_(x)
     normed,inverse = _norm_formula(x, weight, eps, plus)
     return y.copy_(normed), inverse, x
 
