@@ -17,7 +17,7 @@ from .kept import Saving
 from .kernels.edges import SEEDS, adds_up, turned_back
 from .kernels.glu import glu_backward, glu_forward
 from .kernels.middle import (factor_at_once, glu_backward_codes, glu_backward_factor,
-                                  glu_codes, glu_forward_inner)
+                                  glu_codes)
 from .kernels.rope import rotate_
 from .quant.linear import _no_autocast
 from .stream import (Norm, _behind, _eight, _found, _marked, _onto, _project_onto, _ranks,
@@ -219,8 +219,7 @@ def forward_piece(self:MlpHalf, middle, x, factor, out, keeps=()):
     if "product" in keeps and self.down.trainable and not self.at_once(middle): kept.h = h
     how = self.plain(kept),self.act,h[:,:width]
     if _eight(self.down): more = dict(codes=glu_codes(*how)[1:])
-    elif (A := self.inner(middle)) is None: glu_forward(*how)
-    else: more = dict(xa=glu_forward_inner(how[0], A, *how[1:])[1])
+    else: glu_forward(*how)
     if self.after:
         kept.y,kept.xa_down = self.down.project(h, None, kept.seeds[1], **more)
         _onto(middle, self.after.forward(kept.y)[0], self.factor, out)
@@ -230,13 +229,6 @@ def forward_piece(self:MlpHalf, middle, x, factor, out, keeps=()):
     return kept
 
 # %% ../nbs/74_decoder.ipynb #9885d8ef
-@patch
-def inner(self:MlpHalf, x)->Tensor:
-    "The A of the last LoRA, if what it does can be computed along with what it reads."
-    down = self.down
-    if not down.wants_room(x.dtype) or down.dropping or not factor_at_once(x, down.R): return None
-    return down._views(x, True).A
-
 @patch
 def backward(self:MlpHalf, dy, middle, kept, out, slices, wide=None, again=())->tuple:
     "Gradient of the middle, written into `out`; those of `trainable`."

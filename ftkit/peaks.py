@@ -190,7 +190,6 @@ def forward_work(s:LayerShape, saving:Saving, tokens:int, size:int=2)->int: # By
     parts = dict(normed=s.hidden + up, product=s.wide + down) # of which some may be kept
     inside = max(0 if k in saving.keeps else n for k,n in parts.items()) + s.hidden*s.after[1]
     if "gate_up" not in saving.keeps: inside += s.gate_up + 2*up
-    inside += s.once*2*down*-(-s.wide//128) # partial sums of what the last LoRA's A does
     return max(first, kept + size*(tokens*s.hidden + piece*inside))
 
 # %% ../nbs/83_peaks.ipynb #1f41bf4f

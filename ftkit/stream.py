@@ -67,7 +67,7 @@ def _onto(x, y, factor, out): return torch.add(x, y, alpha=factor, out=out)
 
 def _project_onto(p, x, residual, factor, out, seed, more):
     "Into `out`: residual + factor·(what a projection says); xa."
-    if not _eight(p): return p.project(x, out, seed, residual, factor, **more)[1]
+    if not _eight(p): return p.project(x, out, seed, residual, factor)[1]
     return p.project_onto(x, residual, factor, out, seed, **more)
 
 def _starts_there(half, middle, out):

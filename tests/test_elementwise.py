@@ -7,6 +7,7 @@ from torch.testing import assert_close
 from ftkit.kernels import norm
 from ftkit.kernels.glu import glu_backward, glu_forward
 from ftkit.kernels.launch import interpreted
+from ftkit.kernels.middle import factor_at_once, glu_backward_factor
 from ftkit.kernels.norm import rms_backward, rms_forward, rms_norm
 from ftkit.kernels.rope import rotate_
 
@@ -330,6 +331,40 @@ def test_up_may_lie_first(kernel):
         assert torch.equal(glu_forward(turned, up_first=True), glu_forward(x))
         ours, theirs = glu_backward(dh, turned, up_first=True), glu_backward(dh, x)
     assert torch.equal(ours, torch.cat((theirs[:, 5:], theirs[:, :5]), 1))
+
+
+SIZES = [(1, 1, 1), (70, 33, 16), (130, 200, 40), (67, 64, 64), (9, 40, 80)]
+if cuda: SIZES += [(2048, 4864, 16), (1000, 14336, 8), (8192, 1000, 64)]
+
+
+@pytest.mark.parametrize("kernel", WAYS)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("rows,width,ranks", SIZES)
+def test_gradient_of_the_factor_on_the_way(rows, width, ranks, kind, kernel):
+    "That of A is summed in float32, from h rounded as it would be in memory."
+    x, dh = fresh(rows, 2*width, kind=kind, gap=6), fresh(rows, width, kind=kind, gap=2)
+    dxa, there = fresh(rows, ranks, kind=kind, gap=3), torch.ones(ranks, width, device=dev)
+    h = torch.empty_like(dh)
+    expected = glu_backward(dh, x, h=h)
+    of_a = dxa.double().T @ h.double()
+    scale = of_a.abs().max()*(2e-5 if kind == torch.float32 or factor_at_once(x, ranks) else 2e-2)
+    with way(kernel):
+        for dtype in {torch.float32, kind}:
+            found = glu_backward_factor(dh.clone(), x, dxa, kind=dtype)
+            near(found[0], expected.double(), kind)
+            assert found[1].dtype == dtype
+            room = scale + of_a.abs().max()*(0 if dtype == torch.float32 else 8e-3)
+            assert (found[1].double() - of_a).abs().max() <= room + 1e-6
+        d, found = glu_backward_factor(dh, x, dxa, out=x, into=there, add=True)
+    assert d is x and found is there
+    near(d, expected.double(), kind)
+    assert (there.double() - 1 - of_a).abs().max() <= 2*scale + 1e-5
+
+
+def test_the_factor_refuses():
+    with pytest.raises(ValueError, match="2 rows; 3 are needed"):
+        glu_backward_factor(fresh(3, 4), fresh(3, 8), fresh(2, 1))
+    assert not factor_at_once(fresh(3, 8), 65) and not factor_at_once(fresh(3, 8), 0)
 
 
 def test_gate_refuses():

@@ -515,6 +515,32 @@ def test_with_kernels(family, layers_run):
     assert layers_run
 
 
+@pytest.mark.parametrize("how", ["plain", "held", "four bits", "no A", "dropout", "pieces"])
+def test_the_last_factor_on_the_way(how, monkeypatch):
+    "Its gradient is the same whether h is read at once or by a product of its own."
+    dev, calls = "cuda" if torch.cuda.is_available() else "cpu", []
+    make = tiny("Llama", hidden_size=64, intermediate_size=96)
+    if how == "four bits": quantize_model(make)
+    model = with_lora(make, dropout=.5*(how == "dropout")).to(dev).train()
+    if how == "no A":
+        for name, p in model.named_parameters():
+            if name.endswith("down_proj.A"): p.requires_grad_(False)
+    speed_up(model, hold=how == "held")
+    set_saving(model, Saving("some", piece=4) if how == "pieces" else "all")
+    inner = ftkit.decoder.glu_backward_factor
+    monkeypatch.setattr(ftkit.decoder, "glu_backward_factor", lambda *a: calls.append(0) or inner(*a))
+    with nullcontext() if dev == "cuda" else interpreted():
+        torch.manual_seed(2)
+        found = step(model, IDS.to(dev))
+        ran = len(calls)
+        monkeypatch.setattr(ftkit.decoder, "factor_at_once", lambda *a: False)
+        torch.manual_seed(2)
+        expected = step(model, IDS.to(dev))
+    near(found, expected, 1e-3 if dev == "cuda" else 1e-5)
+    least = 0 if how == "dropout" or dev == "cuda" else len(model.model.layers)
+    assert ran >= least and len(calls) == ran and (how != "dropout" or not ran)
+
+
 @pytest.mark.parametrize("hold", [False, True])
 def test_eight_bits(hold, layers_run):
     "Near sixteen bits, and the same whatever is kept."

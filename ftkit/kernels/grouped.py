@@ -390,15 +390,15 @@ def _both_sizes(parts, size, device):
     cols,ranks = (math.gcd(16, *(s.stop for s in ends[i::2])) for i in (0, 1))
     how = dict(M=64, RANK=_power(max(r for _,r in parts)), COLS=cols, RANKS=ranks, num_stages=3)
     if device.type != "cuda": return how | dict(N=128, num_warps=4), 4
-    card = torch.cuda.get_device_properties(device)
+    many = torch.cuda.get_device_properties(device).multi_processor_count
     fits = lambda n: size*(3*64*(n + how["RANK"]) + n*how["RANK"]) <= 220_000 # of shared memory
-    return how | dict(N=512 if fits(512) else 256, num_warps=8), card.multi_processor_count
+    wide = sum(n for n,_ in parts) >= 16384 and fits(512)
+    if wide or how["RANK"] > 16: return how | dict(N=512 if wide else 256, num_warps=8), many
+    return how | dict(N=256, num_warps=4, num_stages=4), many
 
-@lru_cache
 def _both_chunk(rows, tiles, together, M):
-    "Rows of a chunk: so many that the last programs end together, and few of them."
-    def idle(chunks): return -tiles*chunks % together/(tiles*chunks) + 0.01*chunks
-    chunks = min(range(1, max(1, min(16, rows//64)) + 1), key=idle)
+    "Rows of a chunk: as few as all programs at once allow, since chunks have to be added up."
+    chunks = max(1, min(16, rows//64, together//tiles))
     return -(-rows//(chunks*M))*M
 
 # %% ../../nbs/09_kernels.grouped.ipynb #4c02b8fb

@@ -237,14 +237,13 @@ def project(self:Projection,
             out:Tensor=None,  # Where the outputs go, [T, N]; rows may be apart
             seed:int=None,    # Of the dropout's masks, where there is dropout
             add:Tensor=None,  # What the outputs are added to, [T, N]; may be `out`
-            alpha:float=1.,   # Their factor then
-            xa:Tensor=None    # What the `A`s do, [T, R], where that is known already
+            alpha:float=1.    # Their factor then
            )->tuple:          # Outputs, [T, N]; xa, [T, R], or None
     "What the layers answer, side by side, and what their `A`s do."
     wide,x = self._split(x, self.K)
     if out is None: out = x.new_empty(x.shape[0], self.N)
-    V,bias = self._views(x, xa is None),self._bias(x)
-    if xa is None and self.enabled: xa = self._inner(x, V.A, seed)
+    V,bias = self._views(x, True),self._bias(x)
+    xa = self._inner(x, V.A, seed) if self.enabled else None
     joined = wide is not None and xa is not None and V.M is not None
     if joined: wide[:,self.K:].copy_(xa)
     if add is None: start,alpha = bias,1.
