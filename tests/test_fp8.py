@@ -537,10 +537,10 @@ def near(modules, T, keep, most=0.045, outliers=False, **how):
 @pytest.mark.parametrize("T", (1, 17, 333))
 @pytest.mark.parametrize("r, quantized", ((8, False), (16, True), (12, False)))
 def test_lora_within(r, T, quantized):
-    "There (wide outputs) and back (wide inputs), with factors of all sizes."
+    "There (wide outputs), back (wide inputs) or both ways (square), with factors of all sizes."
     for std in 0.002, 0.5, 50.:
         for outs, width, joined in (((768, 768), 512, (True, False)), ((512,), 1024, (False, True)),
-                                    ((512,), 512, (False, True))):
+                                    ((512,), 512, (True, True))):
             modules = wide(*outs, width=width, r=r//len(outs), quantized=quantized, std=std)
             assert near(modules, T, "both", outliers=T > 1).joined == joined
 

@@ -100,9 +100,9 @@ def _facts(base):
 # %% ../../nbs/72_kernels.eight.ipynb #4e40f459
 SHARE,TILE = 8,128 # At most one column in so many is LoRA's; columns are whole times the latter
 
-def _joins(ranks, columns, outputs, least):
+def _joins(ranks, columns, pays):
     "Whether LoRA's product is to be a part of the one with the weights."
-    return 0 < 3*ranks*SHARE <= columns and outputs > least*columns
+    return pays and 0 < 3*ranks*SHARE <= columns
 
 # %% ../../nbs/72_kernels.eight.ipynb #ad556779
 class EightProjection(Projection):
@@ -123,7 +123,7 @@ class EightProjection(Projection):
             raise FtkitError(f"{keep!r} is no way to keep codes", where="keep",
                              fix="Use 'both', 'one' or 'none'")
         R,K,N = self.R,self.K,self.N
-        self.joined = _joins(R, K, N, 1), back and _joins(R, N, K, 0.5)
+        self.joined = _joins(R, K, N >= K), _joins(R, N, back and 2*K > N)
         room = -(-3*R//TILE)*TILE
         self.shapes = [(rows, columns + room*more) for rows,columns,more in zip(
             (N, K), (K, N), self.joined)] # of the codes, there and back
