@@ -11,6 +11,7 @@ __all__ = ['PARTS', 'LIBRARY', 'SMALL', 'COLOURS', 'Tally', 'LayerShape', 'layer
 # %% ../nbs/83_peaks.ipynb #56bf7722
 import os, weakref
 from dataclasses import dataclass, replace
+from itertools import accumulate
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -248,24 +249,21 @@ def step_line(s:StepShape,
     def now(name, held, work=0, loss=0, grads=0):
         stay = s.weights,s.optimizer,max(grads, start),s.scratch + s.factors
         return name,dict(zip(PARTS, (*stay, held + batch, work + s.library, loss)))
-    out = _forward(s, plan, kept, now)
-    out.append(now("loss", sum(kept), 0, loss_bytes(s), s.head))
-    out += _backward(s, plan, kept, now)
+    host = [sum(host_bytes(l, p, s.tokens, s.size).values()) for l,p in zip(s.layers, plan)]
+    before = [0, *accumulate(host, lambda a, b: b or a)] # of the last layer that is on its way
+    out = [now(f"forward {i}", sum(kept[:i]) + before[i], forward_work(l, p, s.tokens, s.size))
+           for i,(l,p) in enumerate(zip(s.layers, plan))]
+    out.append(now("loss", sum(kept) + before[-1], 0, loss_bytes(s), s.head))
+    out += _backward(s, plan, kept, now, [a + b for a,b in zip(host, before)])
     return [*out, ("update", dict(zip(PARTS, (s.weights, s.optimizer, s.gradients, s.scratch,
                                               0, s.library, 0))))]
 
-def _forward(s, plan, kept, now):
-    host = [sum(host_bytes(l, p, s.tokens, s.size).values()) for l,p in zip(s.layers, plan)]
-    return [now(f"forward {i}", sum(kept[:i]) + (host[i - 1] if i else 0),
-                forward_work(l, p, s.tokens, s.size)) for i,(l,p) in enumerate(zip(s.layers, plan))]
-
-def _backward(s, plan, kept, now):
+def _backward(s, plan, kept, now, moving):
     out,grads = [],s.early + s.head*(not s.early or not s.table)
-    host = [sum(host_bytes(l, p, s.tokens, s.size).values()) for l,p in zip(s.layers, plan)]
     for i in reversed(range(len(plan))):
         l,p = s.layers[i],plan[i]
         how = l,p,s.tokens,s.size
-        held = sum(kept[:i + 1]) + host[i] + (host[i - 1] if host[i] and i else 0)
+        held = sum(kept[:i + 1]) + moving[i]
         own = kept_bytes(l, replace(p, host=False), *how[2:])
         later = sum(own[k] for k in ("gate_up", "middle", "normed_up", "product")) # gone by then
         out.append(now(f"MLP {i}", held, mlp_work(*how), 0, grads))

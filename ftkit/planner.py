@@ -7,10 +7,11 @@ __all__ = ['MANY', 'Rung', 'ladder', 'MemoryPlan', 'forward_bytes', 'plan_memory
            'apply_plan', 'again', 'sweep', 'FitMemory', 'most_tokens']
 
 # %% ../nbs/84_planner.ipynb #56ed5601
-import gc
+import gc, math
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import pairwise
 import torch
 from torch import nn
 from fastcore.basics import patch
@@ -50,25 +51,32 @@ def ladder(layers:int,     # Of the model
            embedding=False,# Whether the embedding may stay on the host
            hidden=False,   # Whether copies to the host take no time, see `copies_hide`
            packed=False,   # Whether weights in four bits can be held unpacked as well
-          head=False      # Whether the head may wait on the host
+          head=False,      # Whether the head may wait on the host
+          away=()          # Layers that may wait there with gate and up here, in this order
           )->list:         # `Rung`s, the fastest first
     "Ways to train a model, each with less memory than the one before and a little slower."
-    highest,some = Saving("all"),Saving("some")
-    out = [Rung((highest,)*layers, held=layers*packed)]
-    def go(above, below):
-        out.extend([replace(out[-1], saving=(below,)*n + (above,)*(layers - n))
-                    for n in range(1, layers + 1)])
-    for above,below in ((highest, Saving("norms")), (Saving("norms"), Saving())): go(above, below)
+    some,wide = Saving("some"),min(tokens, 4*PIECE)*(tokens > PIECE) # tokens of an MLP at once
+    out = [Rung((Saving("all"),)*layers, held=layers*packed)]
+    def go(above, below, gone=away):
+        for n in range(1, layers + 1): out.append(_mixed(out[-1], above, below, n, gone))
+    go(Saving("all"), Saving("norms"), ())
+    out += [_mixed(out[-1], Saving("norms"), None, 0, away[:n + 1]) for n in range(len(away))]
+    go(Saving("norms"), Saving())
     out += [replace(out[-1], held=n) for n in reversed(range(out[-1].held))]
     if embedding: out.append(replace(out[-1], host=True))
-    wide = min(tokens, 4*PIECE)*(tokens > PIECE) # tokens of an MLP at once
     go(Saving(), replace(some, piece=wide))
-    out.append(replace(out[-1], saving=(some,)*layers, slots=2, # from here on memory is short
-                       room=loss_of.ROOM//4 if tokens <= PIECE else None))
+    out.append(_mixed(out[-1], some, None, 0, away, slots=2, # from here on memory is short
+                      room=loss_of.ROOM//4 if tokens <= PIECE else None))
     lower = [Saving("more", True, wide)] if hidden else map(Saving, ("more", "much", "most"))
-    for below in lower: go(out[-1].saving[0], below)
+    for above,below in pairwise([some, *lower]): go(above, below)
     out += _last_rungs(out[-1], tokens, host)
     return out + [replace(r, head=True) for r in out if r.cut and head]
+
+def _mixed(rung, above, below, n, gone, **more):
+    "Another rung: `below` in the first `n` layers, `above` in the others; some wait on the host."
+    both = [below]*n + [above]*(len(rung.saving) - n)
+    saving = tuple(replace(s, host=s.host or i in gone) for i,s in enumerate(both))
+    return replace(rung, saving=saving, **more)
 
 def _last_rungs(rung, tokens, host):
     "What is left where no layer keeps more than it must."
@@ -198,9 +206,11 @@ def plan_memory(model:nn.Module, # Sped up
                        scratch=unpacked_bytes([p for p in projections if p not in held], dtype,
                                               r.cut, r.slots))
     on_gpu = table.weight.device.type != "cpu" or isinstance(table, HostEmbedding)
-    rungs = ladder(len(fast.parts), tokens, on_gpu, on_gpu and why_not_on_host(model) is None,
-                   on_gpu and copies_hide(fast, tokens, dtype), _may_unpack(fast),
-                   on_gpu and bool(head))
+    hidden,count = on_gpu and copies_hide(fast, tokens, dtype) == 1,len(fast.parts)
+    each = hidden and budget is not None and copies_hide(fast, tokens, dtype, Saving("none", True))
+    rungs = ladder(count, tokens, on_gpu, on_gpu and why_not_on_host(model) is None, hidden,
+                   _may_unpack(fast), on_gpu and bool(head),
+                   range(each - 1, count, each) if each else ())
     if all(s.once for s in base.layers): rungs = [r for r in rungs if not _product(r)]
     if checkpointing: rungs = _frugal(rungs, tokens)
     if checkpointing is False: rungs = [r for r in rungs if r.whole]
@@ -216,10 +226,10 @@ def _may_unpack(fast):
 
 def _frugal(rungs, tokens):
     "Those on which every layer keeps little on the GPU; with few tokens that is nothing at all."
-    away = lambda r: all(s.host for s in r.saving)
-    little = lambda r: all(s.host or s.level == "most" for s in r.saving)
-    wanted = away if tokens <= PIECE and any(map(away, rungs)) else little
-    return rungs[next(i for i,r in enumerate(rungs) if wanted(r)):]
+    lean = lambda s: "gate_up" not in s.keeps and (s.host or s.level == "most")
+    little = [r for r in rungs if all(map(lean, r.saving))]
+    away = [r for r in little if tokens <= PIECE and all(s.host for s in r.saving)]
+    return rungs[rungs.index((away or little)[0]):]
 
 def _may_leave(model, head):
     "Bytes of the embedding, or of the head, that can leave the GPU."
@@ -232,19 +242,18 @@ MANY = 4096 # Tokens in a pass, below which nothing hides behind products
 
 def copies_hide(fast,       # What makes a model fast
                 tokens:int, # In a forward pass
-                dtype       # What is computed in
-               )->bool:
-    "Whether tensors of a layer reach the host in less time than the layer takes; for `meta`, yes."
-    device = fast.inner.norm.weight.device
-    if tokens < MANY or device.type not in ("cuda", "meta"): return False
-    if fast.parts[0].mlp is None: return False
-    if device.type == "meta": return True
-    layer,part = layer_shape(fast.parts[0]),fast.parts[0]
-    n = sum(host_bytes(layer, Saving("more", True), tokens, dtype.itemsize).values())
-    copy,multiply = device_rates(device, dtype)
-    room = host_memory()
-    return (n/copy < 2*tokens*sum(p.N*p.K for p in part.projections)/multiply
-            and (room is None or 1.4*n*len(fast.parts) < room/2))
+                dtype,      # What is computed in
+                saving=Saving("more", True) # How a layer keeps what waits on the host
+               )->int:      # One of so many layers; 0: none
+    "How many layers it takes to hide a layer's copy to the host; for `meta`, one."
+    device,part = fast.inner.norm.weight.device,fast.parts[0]
+    if tokens < MANY or device.type not in ("cuda", "meta") or part.mlp is None: return 0
+    if device.type == "meta": return 1
+    n = sum(host_bytes(layer_shape(part), saving, tokens, dtype.itemsize).values())
+    (copy,multiply),room = device_rates(device, dtype),host_memory()
+    time = 2*tokens*sum(p.N*p.K for p in part.projections)/multiply
+    each = max(1, math.ceil(n/copy/time/(1.25 if "gate_up" in saving.keeps else 1)))
+    return each if room is None or 1.4*n*len(fast.parts)/each < room/2 else 0
 
 # %% ../nbs/84_planner.ipynb #e09bb6e0
 def plan_ahead(ledger:Ledger     # From `predict_memory`

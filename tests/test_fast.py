@@ -27,7 +27,8 @@ from toys import IDS, SIZES, tiny_llama
 
 LEVELS = ("none", "some", "more", "much", "most")
 PLANS = ["all", "norms", *LEVELS, Saving("some", piece=5), Saving("most", host=True, piece=4),
-         Saving("more", host=True), Saving("much", host=True)]
+         Saving("more", host=True), Saving("much", host=True), Saving("norms", host=True),
+         Saving("none", host=True), Saving("some", host=True, piece=5)]
 GOLDEN = Path(__file__).parents[2]/"shared/golden"
 
 

@@ -22,7 +22,7 @@ from ftkit.kernels.edges import SCRATCH
 from ftkit.lora.inject import LoraConfig, add_lora
 from ftkit.memory import CUDA, cap_memory, memory_capped
 from ftkit.models.shapes import empty_model
-from ftkit.peaks import Peak, Tally, step_shape
+from ftkit.peaks import Peak, Tally, host_bytes, step_shape
 from ftkit.planner import FitMemory, apply_plan, ladder, most_tokens, plan_memory
 from ftkit.quant.linear import quantize_model
 from ftkit.sft import SupervisedTuning
@@ -112,14 +112,18 @@ def made(kind, **more):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("plan", ["all", "norms", "none", "some", "more", "much", "most", "mixed", "host", "away", "pieces"])
+@pytest.mark.parametrize("plan", ["all", "norms", "none", "some", "more", "much", "most", "mixed", "host", "away", "pieces",
+                                  "norms away", "none away", "some away", "every second"])
 def test_the_peak_is_as_predicted(as_on_a_gpu, kind, plan):
     model = made(kind, vocab_size=320, num_hidden_layers=6)
     plan = {"mixed": [Saving("most")]*2 + [Saving("some")]*2 + [Saving()]*2, "host": Saving("most", host=True), "away": Saving("much", host=True),
-            "pieces": Saving("most", piece=512)}.get(plan, plan)
+            "pieces": Saving("most", piece=512), "norms away": Saving("norms", True), "none away": Saving("none", True),
+            "some away": Saving("some", True), "every second": [Saving("none", i % 2 == 0) for i in range(6)]}.get(plan, plan)
     set_saving(model, plan)
     said = Peak(step_shape(model, 2048, optimizer="paged_adamw_8bit"), plan)
     found = counted_peak(model, 2048) + said.shape.optimizer
+    if isinstance(plan, list) and plan[0].host:  # on a CPU nothing is on its way while others work
+        found += sum(host_bytes(said.shape.layers[0], plan[0], 2048).values())
     assert 0.95 < said.bytes/found < 1.05, (said, found, said.line)
 
 
@@ -199,6 +203,16 @@ def test_rungs_that_a_gpu_has_more():
     assert not any(s.level == "much" and not s.host for r in fast_bus for s in r.saving)
     assert any(Saving("more", host=True) in r.saving for r in fast_bus)
     assert ladder(4, 100)[-1].saving[0] == Saving("most") # too few tokens for pieces
+    away = ladder(4, 8192, True, True, True, True, away=[0, 1, 2, 3])
+    hosts = [[s.host for s in r.saving] for r in away]
+    assert hosts == sorted(hosts) and hosts[4] == [False]*4 and hosts[5] == [True] + [False]*3
+    assert all(r.held == 4 for r in away if any("normed" in s.keeps for s in r.saving))
+    assert all(s.host for r in away[8:] for s in r.saving)
+    second = ladder(4, 8192, True, True, True, away=[1, 3])
+    assert [s.host for s in second[5].saving] == [False, True, False, False]
+    assert any([s.host for s in r.saving] == [False, True, False, True] for r in second if "gate_up" not in r.saving[0].keeps)
+    for r in (planner._frugal(rungs, 8192)[0] for rungs in (away, second)):  # keeps little on the GPU: no gate and up
+        assert all(s.host and "gate_up" not in s.keeps for s in r.saving)
     with pytest.raises(FtkitError, match="CUDA alone"): cap_memory("0.5GB", "cpu")
 
 
@@ -228,7 +242,7 @@ def test_peaks_of_well_known_shapes():
 def test_copies_hide_where_the_bus_is_fast(monkeypatch):
     model = made("qlora")
     fast = find_decoder(model).__dict__["_fast"]
-    assert not planner.copies_hide(fast, 8192, torch.bfloat16)  # on a CPU there is no bus
+    assert planner.copies_hide(fast, 8192, torch.bfloat16) == 0  # on a CPU there is no bus
     where = SimpleNamespace(inner=SimpleNamespace(norm=SimpleNamespace(weight=SimpleNamespace(
         device=torch.device("cuda")))), parts=fast.parts)
     part = fast.parts[0]
@@ -237,7 +251,12 @@ def test_copies_hide_where_the_bus_is_fast(monkeypatch):
                                       (1.1, 10**12, 8192, True), (1.1, 10**6, 8192, False)):
         monkeypatch.setattr(planner, "device_rates", lambda *a: (rate*n*1e3, work*1e3))
         monkeypatch.setattr(planner, "host_memory", lambda: room)
-        assert planner.copies_hide(where, tokens, torch.bfloat16) == hides, (rate, room, tokens)
+        assert (planner.copies_hide(where, tokens, torch.bfloat16) == 1) == hides, (rate, room, tokens)
+    n += 2*128  # the middle too
+    for rate, each in ((2., 1), (0.81, 1), (0.79, 2), (0.41, 2), (0.39, 3)):  # a quarter more than the products
+        monkeypatch.setattr(planner, "device_rates", lambda *a: (rate*n*1e3, work*1e3))
+        monkeypatch.setattr(planner, "host_memory", lambda: None)
+        assert planner.copies_hide(where, 8192, torch.bfloat16, Saving("none", True)) == each, rate
 
 
 def lora_trainer(fast=True, **cfg):

@@ -121,8 +121,10 @@ def piece_rows(rows:int,       # How many there are
               )->int:          # At least 1
     "How many rows are taken at a time."
     most = max(1, piece or ROOM//(vocab*itemsize))
+    tile = next((n for n in (256, 128) if most >= n), 1) # products like whole tiles of rows
+    most -= most % tile
     each = -(-rows//max(1, -(-rows//most)))
-    return max(1, min(most, -(-each//128)*128)) # products like whole tiles of rows
+    return max(1, min(most, -(-each//tile)*tile))
 
 # %% ../../nbs/53_kernels.loss.ipynb #b2f10d69
 class _Head(NamedTuple):
