@@ -81,6 +81,7 @@ def check(args, new):
 def calls(tokens, args, new):
     "What is timed: name → (function, bytes moved)."
     from ftkit.kernels.glu import glu_backward, glu_forward
+    from ftkit.kernels.middle import glu_backward_factor
     from ftkit.kernels.norm import rms_backward, rms_forward
     from ftkit.kernels.rope import rotate_
     size = torch.finfo(args.dtype).bits//8
@@ -96,6 +97,7 @@ def calls(tokens, args, new):
     back = partial(rms_backward, y, x, w, inverse, out=r)
     heads, norm = qkv[:, :turned*n].unflatten(1, (turned, n)), new(n)
     out = torch.empty_like(heads)
+    dxa, factor = new(tokens, 16), torch.empty(16, args.inner, device=DEVICE)
     return {
         "norm": (partial(rms_forward, x, w, 1e-5, out=y), 2*row),
         "add, norm": (partial(rms_forward, x, w, 1e-5, residual=r, out=y, summed=r), 4*row),
@@ -110,7 +112,9 @@ def calls(tokens, args, new):
         "silu": (partial(glu_forward, gu, out=h), 3*h.numel()*size),
         "gelu_tanh": (partial(glu_forward, gu, "gelu_tanh", h), 3*h.numel()*size),
         "silu back": (partial(glu_backward, h, gu, out=gu), 5*h.numel()*size),
-        "silu back, again": (partial(glu_backward, h, gu, out=gu, h=h), 6*h.numel()*size)}
+        "silu back, again": (partial(glu_backward, h, gu, out=gu, h=h), 6*h.numel()*size),
+        "silu back, factor": (partial(glu_backward_factor, h, gu, dxa, out=gu, into=factor),
+                              5*h.numel()*size)}
 
 
 def host(f, times=200):
