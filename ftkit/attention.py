@@ -22,18 +22,23 @@ def preference(case:Case)->tuple:
     if case.device != "cuda": return "cpu","triton","math"
     if case.chip < (8, 0) or case.dtype == torch.float32: return "efficient","triton","math"
     if case.packed or case.chip[0] not in (9, 10):
-        return "flash","flash_attn","cudnn","triton","efficient","math"
-    return "cudnn","flash","flash_attn","triton","efficient","math"
+        return "flash","flash_attn","cudnn","triton","efficient","flex","math"
+    return "cudnn","flash","flash_attn","triton","efficient","flex","math"
 
 # %% ../nbs/59_attention.ipynb #774a2231
-_picks = {} # Case → (name, how it was chosen)
+_picks = {}  # Case → (name, how it was chosen)
+_failed = {} # (case, name) → what a measurement found wrong with it
+
+def _why_not(name, case):
+    "A reason against a back end, or None."
+    return BACKENDS[name].refuses(case) or _failed.get((case, name))
 
 # %% ../nbs/59_attention.ipynb #b8e6d80e
 def pick(case:Case     # From `case_of`
         )->str:        # Key of `BACKENDS`
     "The back end for a case: the fastest measured, else the first of the table that can."
     if case not in _picks:
-        _picks[case] = next(n for n in preference(case) if not BACKENDS[n].refuses(case)),"table"
+        _picks[case] = next((n for n in preference(case) if not _why_not(n, case)), "math"),"table"
     return _picks[case][0]
 
 def explain(case:Case=None # One case; otherwise all that have come
@@ -43,7 +48,7 @@ def explain(case:Case=None # One case; otherwise all that have come
     for c in [case] if case else list(_picks):
         name = pick(c)
         lines.append(f"{c}: {name}, by {_picks[c][1]}")
-        lines += [f"  not {b.name}: {why}" for b in BACKENDS.values() if (why := b.refuses(c))]
+        lines += [f"  not {n}: {why}" for n in BACKENDS if (why := _why_not(n, c))]
     return "\n".join(lines)
 
 # %% ../nbs/59_attention.ipynb #5bf0e245
@@ -180,15 +185,18 @@ def measure(heads:int, kv_heads:int, head_dim:int, dtype:torch.dtype,
     xs,small = (_random(r.total, heads, kv_heads, head_dim, dtype, device) for r in (rows, few))
     case,times = case_of(*xs[:2], rows, window, softcap),{}
     window = window if case.window else None
+    if device.type == "cpu": exclude = *exclude,"flex" # it is not compiled there
     for name,b in BACKENDS.items():
+        _failed.pop((case, name), None)
         if name in exclude or b.refuses(case): continue
         try:
             with on(xs[0]):
                 times[name] = _race(b, xs, small, rows, few, scale, window, softcap, repeat)
         except (RuntimeError, FtkitError) as e:
-            times[name] = str(e)
+            times[name] = _failed[case, name] = str(e)
             log.warning("attention: %s is left out: %s", name, e)
     good = {n: sum(t) for n,t in times.items() if not isinstance(t, str)}
+    _picks.pop(case, None)
     if good: _picks[case] = min(good, key=good.get),"measurement"
     return times
 

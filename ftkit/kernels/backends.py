@@ -334,6 +334,7 @@ def _flex_compile(device, gqa, fixed, scale, softcap):
 # %% ../../nbs/58_kernels.backends.ipynb #1bd79883
 def _flex_run(dout, q, k, v, rows, scale, window, softcap):
     "The output in a list; where `dout` is given, the gradients."
+    if not q.numel(): return [x.clone() for x in ((q,) if dout is None else (q, k, v))]
     key = _flex_key(q, k, v, rows, scale, softcap, dout is not None)
     if (new := key not in _compiled) and q.is_cuda and torch.cuda.is_current_stream_capturing():
         raise FtkitError("it is not compiled yet", "flex", "run it once before the capture")
