@@ -9,6 +9,7 @@ if not CUDA: os.environ["TRITON_INTERPRET"] = "1"
 
 import ftkit.attention as attention
 import ftkit.kernels.attention as kernels
+import ftkit.kernels.backends as backends
 from ftkit.attention import (attend, attend_backward, attend_forward, explain, measure, packed_rows,
                              pick, preference, register_attention)
 from ftkit.core import FtkitError
@@ -195,7 +196,7 @@ def test_back_ends(name):
     if CUDA:
         cases += [(32, 8, 128), (4, 4, 64), (4, 1, 80), (8, 2, 96), (2, 1, 256)]
         layouts = [*LAYOUTS.values(), Rows(4, 256), packed(200, 37, 128, 1, 300)]
-        if name == "triton": # compiled anew for each, and the tests above tried them all
+        if name in ("triton", "flex"): # compiled anew for each, and other tests try them all
             cases, layouts, dtypes = cases[1:2], [layouts[1], layouts[-1]], dtypes[-1:]
     for rows in layouts:
         for heads, kv_heads, head_dim in cases:
@@ -211,12 +212,154 @@ def test_back_ends(name):
     if not tried: pytest.skip(f"{name} cannot run here")
 
 
-def test_autograd_accumulates_into_the_buffer():
+FLEX = dict(LAYOUTS, long=Rows(2, 300), many=packed(200, 37, 128, 1, 300), whole=packed(128, 256))
+
+
+@pytest.mark.parametrize("name", FLEX)
+def test_flex_in_every_layout(name, monkeypatch):
+    "Its own gradients too, which PyTorch forbids on a CPU but has the formula for."
+    if not CUDA:
+        flex_attention = pytest.importorskip("torch.nn.attention.flex_attention")
+        monkeypatch.setattr(flex_attention, "_validate_device", lambda *xs: None)
+    rows, dtype = FLEX[name], HALVES[-1] if CUDA else torch.float32
+    hows = {}, dict(window=1), dict(window=17), dict(window=150, softcap=3.)
+    if CUDA: hows = hows[3:] if list(FLEX).index(name) % 2 else hows[:3] # each is compiled twice, for seconds
+    for how in hows:
+        q, k, v, dout = numbers(rows, 6, 2, 16, dtype)
+        if BACKENDS["flex"].refuses(case_of(q, k, rows)._replace(steady=True)): pytest.skip("refused")
+        how = (.3, how.get("window"), how.get("softcap"))
+        out, saved = BACKENDS["flex"].forward(q, k, v, rows, *how)
+        grads = backends._flex_run(dout, q, k, v, rows, *how)
+        assert saved == () and out.is_contiguous() and not out.requires_grad
+        near((out, *grads), right(q, k, v, dout, rows, *how), dtype, factor=2)
+        if not CUDA:
+            grads = BACKENDS["flex"].backward(dout, q, k, v, out, saved, rows, *how, None, None, None)
+            near((out, *grads), right(q, k, v, dout, rows, *how), dtype)
+
+
+@pytest.mark.parametrize("name", FLEX)
+def test_tiles_of_flex_are_those_that_pytorch_finds(name):
+    flex_attention = pytest.importorskip("torch.nn.attention.flex_attention")
+    rows = FLEX[name]
+    n = rows.total if rows.packed else rows.seq
+    for window in (None, 1, 17, 128, 129, 257):
+        ours = backends._flex_mask(rows, window, DEV)
+        assert backends._flex_mask(rows, window, DEV) is ours
+        right = torch.zeros(n, n, dtype=torch.bool)
+        for a, b in ([(0, n)] if not rows.packed else backends._spans(rows)): right[a:b, a:b] = True
+        right = right.tril() & right.triu(1 - (window or n))
+        i = torch.arange(n, device=DEV)
+        assert torch.equal(ours.mask_mod(0, 0, i[:, None], i).cpu(), right)
+        theirs = flex_attention.create_block_mask(ours.mask_mod, 1, 1, n, n, DEV)
+        for part in ("kv_num_blocks", "full_kv_num_blocks", "q_num_blocks", "full_q_num_blocks"):
+            assert torch.equal(getattr(ours, part), getattr(theirs, part)), (part, window)
+        assert torch.equal(ours.to_dense(), theirs.to_dense())
+
+
+def test_flex_is_compiled_few_times(monkeypatch):
+    "Numbers of tokens beyond the first few share what is compiled, and so do windows."
+    monkeypatch.setattr(backends, "_totals", {})
+    monkeypatch.setattr(backends, "_compiled", {})
+    compiled, real = [], torch.compile
+    def counting(graph, inputs):
+        compiled.append(graph)
+        return graph
+    monkeypatch.setattr(torch, "compile", lambda f, **how: real(f, **{**how, "backend": counting}))
+    def run(total, window=None):
+        rows = packed(total - 20, 20)
+        q, k, v, dout = numbers(rows)
+        out = backends._flex_forward(q, k, v, rows, .3, window, None)[0]
+        near([out], right(q, k, v, dout, rows, .3, window), q.dtype)
+    for total in range(200, 200 + 9*backends.TOTALS, 9): run(total)
+    assert len(compiled) == backends.TOTALS == len(backends._compiled)
+    run(200, window=30)
+    assert len(compiled) == backends.TOTALS
+    for total in range(300, 800, 37): run(total, window=total//2)
+    assert len(compiled) <= backends.TOTALS + 2 and len(backends._compiled) == backends.TOTALS + 1
+
+
+def test_flex_that_cannot_be_compiled(monkeypatch, caplog):
+    monkeypatch.setattr(backends, "_compiled", {})
+    monkeypatch.setattr(attention, "_picks", {})
+    monkeypatch.setattr(attention, "_failed", {})
+    def broken(*args, **how): raise RuntimeError("out of resource:\n shared memory")
+    monkeypatch.setattr(torch, "compile", lambda f, **how: broken)
+    rows = packed(20, 30)
+    q, k, v, _ = numbers(rows)
+    for _ in range(2):
+        with pytest.raises(FtkitError, match="cannot be compiled: out of resource: shared"):
+            attend_forward(q, k, v, rows, backend="flex")
+    assert not backends._compiled
+    flex = BACKENDS["flex"]
+    monkeypatch.setitem(BACKENDS, "flexible", type(flex)("flexible", *list(vars(flex).values())[1:]))
+    times = measure(2, 1, 16, torch.float32, rows, DEV, repeat=1)
+    assert "flex" not in times or CUDA
+    if not backends._flex_refuses(case_of(q, k, rows)):
+        assert "cannot be compiled" in times["flexible"] and "flexible is left out" in caplog.text
+        assert "not flexible: flex: it cannot be compiled" in explain(case_of(q, k, rows))
+    assert pick(case_of(q, k, rows)) != "flexible"
+    if not CUDA: return
+    def full(*args, **how): raise torch.OutOfMemoryError("full")
+    monkeypatch.setattr(torch, "compile", lambda f, **how: full)
+    with pytest.raises(torch.OutOfMemoryError): flex.forward(q, k, v, rows, .3, None, None)
+
+
+def test_what_flex_refuses(monkeypatch):
+    monkeypatch.setattr(backends, "triton", backends.triton or object())
+    why = BACKENDS["flex"].refuses
+    for change, reason in ((dict(), None), (dict(head_dim=96), "power of two"), (dict(head_dim=8), "power"),
+                           (dict(head_dim=512), "power of two"), (dict(softcap=True, window=True), None),
+                           (dict(chip=(7, 5)), "older"), (dict(dtype=torch.float32), "16 bits"),
+                           (dict(steady=False), "shapes have come"), (dict(device="mps"), "NVIDIA"),
+                           (dict(packed=True), None)):
+        said = why(HOPPER._replace(**change))
+        assert said is None if reason is None else reason in said, change
+    monkeypatch.setattr(backends, "triton", None)
+    assert "Triton" in why(HOPPER)
+    for chip in ((9, 0), (8, 0), (12, 0)):
+        for is_packed in (False, True):
+            assert preference(HOPPER._replace(chip=chip, packed=is_packed))[-2:] == ("flex", "math")
+    assert all("flex" not in preference(HOPPER._replace(**c)) for c in (dict(device="cpu"), dict(chip=(7, 5))))
+
+
+def test_flex_without_tokens():
+    x, rows = torch.zeros(0, 2, 16, device=DEV), Rows(1, 0)
+    out, saved = backends._flex_forward(x, x, x, rows, .3, None, None)
+    assert out.shape == x.shape
+    assert all(d.shape == x.shape for d in backends._flex_run(x, x, x, x, rows, .3, None, None))
+
+
+@pytest.mark.skipif(not CUDA, reason="it takes a GPU")
+def test_flex_in_a_graph(monkeypatch):
+    rows = packed(20, 30)
+    q, k, v, dout = numbers(rows, dtype=HALVES[-1])
+    case = case_of(q, k, rows)
+    if why := BACKENDS["flex"].refuses(case): pytest.skip(why)
+    def run():
+        out, saved = BACKENDS["flex"].forward(q, k, v, rows, .3, None, None)
+        return out, *BACKENDS["flex"].backward(dout, q, k, v, out, saved, rows, .3, None, None, *[None]*3)
+    run()
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side): run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph): results = run()
+    q.mul_(2)
+    graph.replay()
+    near(results, right(q, k, v, dout, rows, .3), q.dtype, factor=2)
+    monkeypatch.setattr(backends, "_compiled", {})
+    with pytest.raises(FtkitError, match="not compiled yet"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        run()
+
+
+@pytest.mark.parametrize("backend", [None, "flex"])
+def test_autograd_accumulates_into_the_buffer(backend):
+    if backend and CUDA: pytest.skip("it computes in 16 bits")
     rows = packed(5, 20, 3)
     wide = torch.randn(28, 8, 16, device=DEV, requires_grad=True)
     q, k, v = wide.split([4, 2, 2], 1)
     dout = torch.randn(28, 4, 16, device=DEV)
-    attend(q, k, v, rows).backward(dout)
+    attend(q, k, v, rows, backend=backend).backward(dout)
     _, *grads = right(q.detach(), k.detach(), v.detach(), dout, rows, .25)
     torch.testing.assert_close(wide.grad.double(), torch.cat(grads, 1), atol=1e-4, rtol=1e-4)
 
