@@ -217,7 +217,7 @@ def _seconds(run, device, times=8):
     return start.elapsed_time(end)/times/1e3
 
 def host_memory()->int: # Bytes; None where it is not known
-    "Memory of the host that is free for this process."
+    "Memory of the host that is free for this process, with an equal share for others of the run."
     found = []
     for path,pattern,unit in (("/proc/meminfo", r"MemAvailable:\s+(\d+)", 1024),
                               ("/sys/fs/cgroup/memory.max", r"(\d+)", 1)):
@@ -225,7 +225,8 @@ def host_memory()->int: # Bytes; None where it is not known
         if (m := re.search(pattern, text)): found.append(int(m[1])*unit)
     used = Path("/sys/fs/cgroup/memory.current")
     if len(found) > 1 and used.exists(): found[1] -= int(used.read_text())
-    return min(found, default=None)
+    many = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) # processes that share it, as torchrun says
+    return min(found)//many if found else None
 
 # %% ../nbs/07_kept.ipynb #ab763506
 @jit

@@ -70,7 +70,9 @@ def ladder(layers:int,     # Of the model
     lower = [Saving("more", True, wide)] if hidden else map(Saving, ("more", "much", "most"))
     for above,below in pairwise([some, *lower]): go(above, below)
     out += _last_rungs(out[-1], tokens, host)
-    return out + [replace(r, head=True) for r in out if r.cut and head]
+    cuts = [r for r in out if r.cut]
+    if not head or not cuts: return out
+    return out[:out.index(cuts[0]) + 1] + [replace(r, head=True) for r in cuts]
 
 def _mixed(rung, above, below, n, gone, **more):
     "Another rung: `below` in the first `n` layers, `above` in the others; some wait on the host."
@@ -87,9 +89,10 @@ def _last_rungs(rung, tokens, host):
                    for i,s in enumerate(rung.saving))
     out = [replace(rung, saving=saving, room=loss_of.ROOM//4, slots=1 if tokens <= PIECE else 2)]
     if host: out.append(replace(out[-1], saving=all_of(level, True)))
-    for part,cut in ((2, 0), (4, 4096), (8, 1024)):
-        piece = min(tokens, 2048)//part//128*128
-        if not piece: continue
+    few = min(tokens, 2048)
+    small = [(few//2, 0), *((n, 4096) for n in (4096, 2048) if n <= tokens),
+             (few//2, 4096), (few//4, 4096), (few//8, 1024)]
+    for piece,cut in [(n//128*128, cut) for n,cut in small if n >= 128]:
         out.append(replace(out[-1], saving=all_of(level, host, piece), cut=cut,
                            slots=1 if cut else 2, room=loss_of.ROOM//16))
     if host: out.append(replace(out[-1], saving=tuple(replace(s, level="most")
