@@ -374,10 +374,11 @@ def layer(self:Fast, i, block, x, position_embeddings=None, **kw):
     if position_embeddings is not None and call.source is not position_embeddings:
         call = self.call = replace(call, source=position_embeddings, **_turns(position_embeddings))
     if part.mlp is not None: return part(x, call)
-    again = part.saving.level in ("much", "most") and torch.is_grad_enabled()
-    def run(f, *args): return checkpoint(f, *args, use_reentrant=False) if again else f(*args)
-    y = run(part, x, call) if isinstance(part, ByModule) else part(x, call)
-    return run(_by_module, block, y, _family(self.inner))
+    def run(what, f, *args):
+        if what in part.saving.keeps or not torch.is_grad_enabled(): return f(*args)
+        return checkpoint(f, *args, use_reentrant=False)
+    y = run("qkv", part, x, call) if isinstance(part, ByModule) else part(x, call)
+    return run("gate_up", _by_module, block, y, _family(self.inner))
 
 def _turns(given):
     "Of a rotation as a model gives it: cosine and sine, or complex numbers."

@@ -22,8 +22,9 @@ from .kept import (PIECE, HostEmbedding, HostHead, Saving, back_on_device, devic
 from .kernels import loss as loss_of
 from .kernels.loss import plain_head
 from .kernels.edges import SCRATCH
-from .memory import CUDA, Ledger, free_memory, memory_capped, prepared
-from .peaks import (SMALL, Peak, copied_bytes, host_bytes, layer_shape, limit_library,
+from .memory import (CUDA, SMALL, Ledger, free_memory, limit_library, memory_capped,
+                          prepared)
+from .peaks import (Peak, copied_bytes, host_bytes, layer_shape,
                          optimizer_bytes, resident_bytes, slots_of, step_shape, unpacked_bytes)
 from .training.loop import _recompute as recompute, row_length
 from .training.run import Callback
