@@ -221,6 +221,10 @@ def test_what_the_comparison_says(capsys):
     assert more["ratio"] == 1.5 and more["parity"] is None
     again = speed.summary([*results, run("ftkit", 1, 1, **near) | dict(row="lora_gc")], speed.ROWS)["lora_gc"]
     assert again["parity"]["good"] # what hf did in lora holds for all that is recomputed
+    later = [run("unsloth", 50, 2, run=5), run("ftkit", 100, 1, run=5), run("ftkit", 500, 1, run=7)]
+    assert speed.summary([*results, *later], speed.ROWS)["lora"]["ratio"] == 2 # runs are not mixed, nor half a run taken
+    only = [run("ftkit", 10, 1, run=1) | dict(row="low_8b"), run("ftkit", 20, 1, run=2) | dict(row="low_8b")]
+    assert speed.summary(only, speed.ROWS)["low_8b"]["results"]["ftkit"]["tok_s"] == 20
     speed.show(speed.summary(results, speed.ROWS))
     out = capsys.readouterr().out
     assert "good (loss 0.00%, norm 0.00%)" in out and "liger: no such module" in out

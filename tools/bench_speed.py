@@ -96,8 +96,8 @@ def run_one(name, peer, args):
         found = json.loads(lines[-1][7:]) if lines else dict(error=reason(done))
         found["ckpt"] = args.table[name]["shape"] # not where it lies
     except subprocess.TimeoutExpired: found = dict(error=f"more than {args.timeout} s")
-    return dict(found, row=name, peer=peer, parity=args.parity, card=args.card, at=round(begin),
-                took=round(time.time() - begin, 1))
+    return dict(found, row=name, peer=peer, parity=args.parity, card=args.card, run=round(args.run),
+                at=round(begin), took=round(time.time() - begin, 1))
 
 
 def reason(done):
@@ -132,10 +132,21 @@ def source(table, name, parity=False):
     return next((n for n, x in table.items() if same(x) == same(r)), name)
 
 
-def best(results, name, peer):
-    "The median result of a peer in a row."
-    found = [x for x in results if (x["row"], x["peer"]) == (name, peer)]
-    found = [x for x in found if "tok_s" in x and not x.get("parity")]
+def timed(results, name):
+    "What was timed in a row."
+    return [x for x in results if x["row"] == name and "tok_s" in x and not x.get("parity")]
+
+
+def latest(results, table, name):
+    "The last run that has a row with somebody beside ftkit; else the last that has it at all."
+    ours = {x.get("run", 0) for x in timed(results, name) if x["peer"] == "ftkit"}
+    theirs = {x.get("run", 0) for x in timed(results, source(table, name)) if x["peer"] != "ftkit"}
+    return max(ours & theirs or ours or theirs, default=None)
+
+
+def best(results, name, peer, run):
+    "The median result of a peer in a row of a run."
+    found = [x for x in timed(results, name) if x["peer"] == peer and x.get("run", 0) == run]
     found.sort(key=lambda x: x["tok_s"])
     return found[len(found)//2] if found else None
 
@@ -164,7 +175,9 @@ def summary(results, table):
     "One entry a row: tokens/s and GiB of each, ftkit's ratio to the best other, parity."
     out, keys = {}, ("tok_s", "peak_gib", "reserved_gib", "card")
     for name in table:
-        found = {p: best(results, name if p == "ftkit" else source(table, name), p) for p in PEERS}
+        run = latest(results, table, name)
+        found = {p: best(results, name if p == "ftkit" else source(table, name), p, run)
+                 for p in PEERS}
         found = {p: {k: x[k] for k in keys if k in x} for p, x in found.items() if x}
         failed = {x["peer"]: x["error"] for x in results if x["row"] == name and "error" in x}
         rivals = [x for p, x in found.items() if p != "ftkit"]
@@ -240,7 +253,8 @@ def main():
     add("--profile", type=int, default=0, help="steps of ftkit's after the timed ones, to say on "
                                               "stderr where their time goes")
     add("--parity", type=int, nargs="?", const=20, help="compare losses and gradients, not times")
-    add("--log", type=Path, help="append every result here, and count what is there already")
+    add("--log", type=Path, help="append every result here; of a row the last run counts that has "
+                                 "it beside others")
     add("--results", type=Path, help="write the summary here, e.g. nbs/results/speed.json")
     add("--site", help="folder with the other programs")
     add("--report", action="store_true", help="run nothing")
@@ -273,7 +287,7 @@ def measure(args, results):
     from make_checkpoint import make
     for shape in dict.fromkeys(args.table[n]["shape"] for n,_ in turns(args)):
         make(args.home/shape, shape, device=args.device)
-    begin = time.time()
+    begin = args.run = time.time()
     def run(turn): return None if time.time() - begin > args.budget else run_one(*turn, args)
     with ThreadPoolExecutor(1 + args.ahead) as pool:
         for x in filter(None, pool.map(run, turns(args))): note(x, args, results)
