@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..core import FtkitError
 from .norm import fits_kernels
 from .rope import _tables, rotate_
-from .launch import jit, on, row_stride, tl, triton, use_kernels, writes
+from .launch import jit, on, row_stride, tl, triton, upload, use_kernels, writes
 from ..quant.linear import QLinear
 from ..quant.qtensor import QTensor
 
@@ -218,9 +218,6 @@ def _move_kernel(src, dst, table, scales, owners, ADD:tl.constexpr, TILE:tl.cons
 # %% ../../nbs/69_kernels.edges.ipynb #1e69ac0f
 def _tabulate(srcs, dsts, scales, tile):
     "The table, the scales, and the matrix of each tile, on the device."
-    if dsts[0].is_cuda and torch.cuda.is_current_stream_capturing():
-        raise FtkitError("a CUDA graph would copy this table anew from memory that is gone",
-                         where="Moves", fix="Run the same step once before it is recorded")
     rows,owners,device = [],[],dsts[0].device
     away = lambda t, start: (t.data_ptr() - start.data_ptr())//t.element_size()
     for i,(a,b) in enumerate(zip(srcs, dsts)):
@@ -229,8 +226,7 @@ def _tabulate(srcs, dsts, scales, tile):
         owners += [i]*-(-a.numel()//tile)
     made = (torch.tensor(rows), torch.tensor(scales, dtype=torch.float32),
             torch.tensor(owners, dtype=torch.int32))
-    if device.type == "cuda": made = [t.pin_memory() for t in made]
-    return [t.to(device, non_blocking=True) for t in made]
+    return upload("Moves", device, *made)
 
 def _check_moves(srcs, dsts, scales):
     if not len(srcs) == len(dsts) == len(scales): raise ValueError(

@@ -11,7 +11,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 from ..core import FtkitError
-from .launch import capability, jit, on, row_stride, tl, triton, use_kernels
+from .launch import (capability, jit, on, row_stride, tl, triton, upload,
+                                  use_kernels)
 from .nf4 import _block_scales, _eight_weights, _shuffles, dequantize_kernel
 from ..quant.fp8 import E4M3, LARGEST, SMALLEST, fp8_product, row_scales, to_fp8, two_parts
 from ..quant.nf4 import code_values
@@ -302,9 +303,6 @@ class CodesBeside:
 # %% ../../nbs/14_kernels.fp8.ipynb #457f0089
 def _table_beside(calls, high):
     "Scales, room for largest magnitudes, the most tiles of a column; the table, owners. Or None."
-    if calls[0][0].is_cuda and torch.cuda.is_current_stream_capturing():
-        raise FtkitError("a CUDA graph would copy this table anew from memory that is gone",
-                         where="CodesBeside", fix="Run the same step once before it is recorded")
     if len({(v.dtype, v.device, codes.dtype) for v,codes,*_ in calls}) > 1: return None
     scales = next((c[3] for c in calls if c[3] is not None), calls[0][2])
     away = lambda t, start: (t.data_ptr() - start.data_ptr())//t.element_size()
@@ -318,15 +316,10 @@ def _table_beside(calls, high):
                        row_stride(codes), ranks, n])
         rest.append([turned, len(owners)])
         owners,most = owners + [i]*(ranks//16*(tiles := -(-n//high))),max(most, tiles)
-    return _upload_beside(places, rest, owners, calls[0][0].device, scales, most)
-
-def _upload_beside(places, rest, owners, device, scales, most):
-    places,owners = torch.tensor(places),torch.tensor(owners, dtype=torch.int32)
-    if (places % 16).any(): return None
-    made = [torch.cat([places//16, torch.tensor(rest)], 1),owners]
-    if device.type == "cuda": made = [t.pin_memory() for t in made]
-    tops = torch.empty(len(owners), 16, dtype=torch.int32, device=device)
-    return scales, tops, most, *(t.to(device, non_blocking=True) for t in made)
+    if ((places := torch.tensor(places)) % 16).any(): return None
+    tops = torch.empty(len(owners), 16, dtype=torch.int32, device=calls[0][0].device)
+    lines,owners = torch.cat([places//16, torch.tensor(rest)], 1),torch.tensor(owners)
+    return scales, tops, most, *upload("CodesBeside", tops.device, lines, owners.int())
 
 # %% ../../nbs/14_kernels.fp8.ipynb #d48e0b7f
 def qtensor_scales(q:QTensor # A matrix, [N, K]
