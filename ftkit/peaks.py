@@ -107,6 +107,7 @@ def layer_shape(layer,          # `decoder.Layer`, or `fast.ByModule`
                       space, max(thin, default=0), bool(m) and m.at_once(some), busy)
 
 def _by_modules(block, config, size):
+    "Of a layer whose attention goes by its module as well."
     (keeps,busy,made,least),total = module_facts(block.mlp, config, size),gradient_bytes(block)
     return LayerShape(config.hidden_size, 0, 0, 0, gradients=total, made=(total - made, 0, made, 0),
                       largest=least, module=keeps, busy=busy,

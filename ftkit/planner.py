@@ -53,14 +53,15 @@ def ladder(layers:int,     # Of the model
            hidden=False,   # Whether copies to the host take no time, see `copies_hide`
            packed=False,   # Whether weights in four bits can be held unpacked as well
           head=False,      # Whether the head may wait on the host
-          away=()          # Layers that may wait there with gate and up here, in this order
+          away=(),         # Layers that may wait there with gate and up here, in this order
+          product=True     # Whether anything needs what `all` keeps above `norms`
           )->list:         # `Rung`s, the fastest first
     "Ways to train a model, each with less memory than the one before and a little slower."
     some,wide = Saving("some"),min(tokens, 4*PIECE)*(tokens > PIECE) # tokens of an MLP at once
-    out = [Rung((Saving("all"),)*layers, held=layers*packed)]
+    out = [Rung((Saving("all" if product else "norms"),)*layers, held=layers*packed)]
     def go(above, below, gone=away):
         for n in range(1, layers + 1): out.append(_mixed(out[-1], above, below, n, gone))
-    go(Saving("all"), Saving("norms"), ())
+    if product: go(Saving("all"), Saving("norms"), ())
     out += [_mixed(out[-1], Saving("norms"), None, 0, away[:n + 1]) for n in range(len(away))]
     go(Saving("norms"), Saving())
     out += [replace(out[-1], held=n) for n in reversed(range(out[-1].held))]
@@ -214,13 +215,11 @@ def plan_memory(model:nn.Module, # Sped up
     each = hidden and budget is not None and copies_hide(fast, tokens, dtype, Saving("none", True))
     rungs = ladder(count, tokens, on_gpu, on_gpu and why_not_on_host(model) is None, hidden,
                    _may_unpack(fast), on_gpu and bool(head),
-                   range(each - 1, count, each) if each else ())
-    if all(s.once for s in base.layers): rungs = [r for r in rungs if not _product(r)]
+                   range(each - 1, count, each) if each else (),
+                   not all(s.once for s in base.layers))
     if checkpointing: rungs = _frugal(rungs, tokens)
     if checkpointing is False: rungs = [r for r in rungs if r.whole]
     return MemoryPlan(rungs, shapes, budget).settle()
-
-def _product(rung): return any(s.level == "all" for s in rung.saving) # which nobody needs then
 
 def _may_unpack(fast):
     "Whether there are weights in four bits, and memory of a GPU that can hold them unpacked."
