@@ -110,8 +110,7 @@ def _by_modules(block, config, size):
     "Of a layer whose attention goes by its module as well."
     (keeps,busy,made,least),total = module_facts(block.mlp, config, size),gradient_bytes(block)
     return LayerShape(config.hidden_size, 0, 0, 0, gradients=total, made=(total - made, 0, made, 0),
-                      largest=least, module=keeps, busy=busy,
-                      latent=latent_keeps(config, size))
+                      largest=least, module=keeps, busy=busy, latent=latent_keeps(config, size))
 
 # %% ../nbs/83_peaks.ipynb #f01cc347
 def host_bytes(s, saving:Saving, tokens:int, size:int=2)->dict: # What → bytes
