@@ -520,7 +520,9 @@ def test_with_kernels(family, layers_run):
 def test_the_last_factor_on_the_way(how, monkeypatch):
     "Its gradient is the same whether h is read at once or by a product of its own."
     dev, calls = "cuda" if torch.cuda.is_available() else "cpu", []
+    there = dev == "cpu" or torch.cuda.get_device_capability()[0] == 9  # of GPUs these alone take that way
     make = tiny("Llama", hidden_size=64, intermediate_size=96)
+    if dev == "cuda": make.bfloat16()
     if how == "four bits": quantize_model(make)
     model = with_lora(make, dropout=.5*(how == "dropout")).to(dev).train()
     if how == "no A":
@@ -537,8 +539,8 @@ def test_the_last_factor_on_the_way(how, monkeypatch):
         monkeypatch.setattr(ftkit.decoder, "factor_at_once", lambda *a: False)
         torch.manual_seed(2)
         expected = step(model, IDS.to(dev))
-    near(found, expected, 1e-3 if dev == "cuda" else 1e-5)
-    least = 0 if how == "dropout" or dev == "cuda" else len(model.model.layers)
+    near(found, expected, 2e-2 if dev == "cuda" else 1e-5)
+    least = len(model.model.layers) if there and how != "dropout" else 0
     assert ran >= least and len(calls) == ran and (how != "dropout" or not ran)
 
 
