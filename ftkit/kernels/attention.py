@@ -40,7 +40,8 @@ class Rows:
         if key not in self._bounds:
             cu = self.cu_seqlens
             if not self.packed: cu = torch.arange(self.batch + 1, device=device)*self.seq
-            self._bounds[key] = cu.to(device=device, dtype=torch.int32, non_blocking=True)
+            later = not cu.is_cuda # what comes to the host may be read at once
+            self._bounds[key] = cu.to(device=device, dtype=torch.int32, non_blocking=later)
         return self._bounds[key]
 
     def __repr__(self):
