@@ -21,7 +21,7 @@ from .kernels.middle import (factor_at_once, glu_backward_codes, glu_backward_fa
 from .kernels.rope import rotate_
 from .quant.linear import _no_autocast
 from .stream import (Norm, _behind, _eight, _found, _marked, _onto, _project_onto, _ranks,
-                          _starts_there, room, roomy)
+                          _starts_there, room)
 
 # %% ../nbs/74_decoder.ipynb #b98a83e9
 @dataclass(eq=False)
@@ -114,9 +114,7 @@ def forward(self:AttentionHalf,
            )->Tensor:   # What is to be added to x, times the factor, [T, D]
     "The first half; what is in `kept` already is not computed again."
     self.attend(x, call, kept)
-    left = roomy(self.o, kept.attended[0].flatten(1))
-    y,kept.xa_o = self.o.project(left, seed=kept.seeds[1])
-    del left
+    y,kept.xa_o = self.o.project(kept.attended[0].flatten(1), seed=kept.seeds[1])
     if self.after: kept.y,y = y,self.after.forward(y)[0]
     return y
 

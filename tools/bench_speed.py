@@ -35,7 +35,7 @@ OURS, ONE = ("ftkit",), dict(batch=1, opt="paged8")
 ROWS = {
     "lora": row("lora", "0", peers=PEERS, ours=dict(cap=46.5)),
     "lora_gc": row("lora", "1", peers=PEERS),
-    "qlora": row("qlora", "0", ours=dict(gc="auto", cap=37.2)),
+    "qlora": row("qlora", "0", ours=dict(gc="auto", cap=36.25)),
     "qlora_gc": row("qlora", "1", peers=PEERS),
     "planner": row("qlora", "1", peers=OURS, like="qlora_gc", ours=dict(gc="auto")),
     "fp8": row("lora", "0", peers=OURS, like="lora", ours=dict(mode="fp8")),

@@ -29,16 +29,21 @@ def _value_and_slope(g, act):
 
 # %% ../../nbs/52_kernels.glu.ipynb #854cc8fb
 @jit
+def _sigmoid(x):
+    root = tl.rsqrt(1 + tl.exp2(x*-1.4426950408889634)) # one instruction; a division takes many
+    return root*root
+
+@jit
 def _activate(g, ACT:tl.constexpr):
     "f(g)/g, and f'(g)."
     if ACT == "gelu":
         share = .5*(1 + tl.math.erf(g*0.7071067811865476))
         return share, share + g*tl.exp(-.5*g*g)*0.3989422804014327
     elif ACT == "gelu_tanh":
-        share = tl.sigmoid(1.5957691216057308*(g + 0.044715*g*g*g))
+        share = _sigmoid(1.5957691216057308*(g + 0.044715*g*g*g))
         return share, share + g*share*(1 - share)*1.5957691216057308*(1 + 0.134145*g*g)
     else:
-        share = tl.sigmoid(g)
+        share = _sigmoid(g)
         return share, share + g*share*(1 - share)
 
 # %% ../../nbs/52_kernels.glu.ipynb #0a14ba09

@@ -124,11 +124,6 @@ def packed(self:Projection)->bool:
 @patch(as_prop=True)
 def _deferred(self:Projection): return self.shared is not None and self.shared.defer
 
-@patch
-def wants_room(self:Projection, dtype)->bool:
-    "Whether inputs of this type had better come with room for the ranks behind them."
-    return self.enabled and (self.views is not None or not self._loose(dtype))
-
 # %% ../../nbs/71_kernels.lora.ipynb #5072f74e
 @patch
 @torch.no_grad()
@@ -248,12 +243,18 @@ def project(self:Projection,
     if joined: wide[:,self.K:].copy_(xa)
     if add is None: start,alpha = bias,1.
     else: start = add if bias is None else torch.add(add, bias, alpha=alpha, out=out)
+    if xa is not None and not joined:
+        start = _product(xa, V.sB.T, start, out, alpha)
     left,pieces = (wide, [(None, V.across)]) if joined else (x, V.pieces())
     for rows,w in pieces:
         y,b = (t if t is None or rows is None else t[...,rows] for t in (out, start))
-        torch.mm(left, w.T, out=y) if b is None else torch.addmm(b, left, w.T, alpha=alpha, out=y)
-    if xa is not None and not joined: out.addmm_(xa, V.sB.T, alpha=alpha)
+        _product(left, w.T, b, y, alpha)
     return out,xa
+
+def _product(a, b, add, out, alpha=1.):
+    "a·b, times `alpha` and with `add` where there is one, into `out`."
+    if add is None: return torch.mm(a, b, out=out)
+    return torch.addmm(add, a, b, alpha=alpha, out=out)
 
 # %% ../../nbs/71_kernels.lora.ipynb #4de0e1aa
 @patch
@@ -327,12 +328,12 @@ def _slots(self:Projection):
 def _to_input(self:Projection, dy, wide, dxa, V, out, add, seed):
     "The gradient of the input."
     if out is None: out = dy.new_empty(dy.shape[0], self.K)
-    joined = wide is not None and dxa is not None and V.M is not None and not self.dropping
+    plain = dxa is not None and not self.dropping
+    joined = plain and wide is not None and V.M is not None
+    if plain and not joined: add = _product(dxa, V.A, add, out)
     for rows,w in ([(None, V.down)] if joined else V.pieces()):
-        left = wide if joined else dy if rows is None else dy[:,rows]
-        add = torch.mm(left, w, out=out) if add is None else torch.addmm(add, left, w, out=out)
-    if dxa is None or joined: return out
-    if not self.dropping: return out.addmm_(dxa, V.A)
+        add = _product(wide if joined else dy if rows is None else dy[:,rows], w, add, out)
+    if dxa is None or plain: return out
     for i,p in enumerate(self.parts):
         if p.lora: self._thin(dxa[:,p.ranks] @ V.A[p.ranks], p, i, seed, out)
     return out

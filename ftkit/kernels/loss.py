@@ -7,6 +7,7 @@ __all__ = ['IGNORE', 'ROOM', 'LAST_STEPS', 'score_formula', 'score_', 'piece_row
            'linear_cross_entropy', 'linear_log_probs', 'PlainHead', 'plain_head', 'head_input']
 
 # %% ../../nbs/53_kernels.loss.ipynb #4404bba8
+import math
 from contextlib import contextmanager
 from typing import NamedTuple
 import torch
@@ -39,44 +40,46 @@ def score_formula(logits:Tensor,       # What the head says, [rows, vocab]; any 
 
 # %% ../../nbs/53_kernels.loss.ipynb #8826bae7
 @jit
-def _bent(z, scale, cap, CAP:tl.constexpr):
+def _exponent(z, scale, cap, CAP:tl.constexpr):
     z = z.to(tl.float32)*scale
-    if CAP: z = cap*(2*tl.sigmoid(2*z/cap) - 1)
+    if CAP: z = cap*(2*tl.sigmoid(z) - 1)
     return z
 
 # %% ../../nbs/53_kernels.loss.ipynb #6f4ec3ac
 @jit
-def _score_kernel(logits, targets, counts, losses, hits, stride, vocab, scale, cap,
+def _score_kernel(logits, targets, counts, losses, hits, stride, vocab, scale, cap, slope,
                   COUNTS:tl.constexpr, CAP:tl.constexpr, GRAD:tl.constexpr, BLOCK:tl.constexpr):
     row,at = tl.program_id(0).to(tl.int64),tl.arange(0, BLOCK)
     logits += row*stride
     target = tl.load(targets + row)
-    known = (target >= 0) & (target < vocab)
-    count = tl.load(counts + row).to(tl.float32) if COUNTS else 1.
-    count = tl.where(target == -100, 0., count)
-    wanted = _bent(tl.load(logits + target, mask=known, other=float("nan")), scale, cap, CAP)
+    known,ignored = (target >= 0) & (target < vocab),target == -100
+    target,end = tl.where(known, target, -1).to(tl.int32),tl.where(ignored, 0, vocab)
+    wanted = _exponent(tl.load(logits + target, mask=known, other=float("nan")), scale, cap, CAP)
     most,sums = tl.full([BLOCK], -3e38, tl.float32),tl.zeros([BLOCK], tl.float32) # of each lane
-    beaten = tl.zeros([BLOCK], tl.int32)
-    for start in range(0, vocab, BLOCK):
+    first = tl.zeros([BLOCK], tl.int32)
+    for start in range(0, end, BLOCK):
         column = start + at
-        z = _bent(tl.load(logits + column, mask=column < vocab, other=0), scale, cap, CAP)
-        z = tl.where(column < vocab, z, float("-inf"))
-        less = tl.exp(-tl.abs(z - most)) # of the two, the larger one counts as 1
-        sums = tl.where(z > most, sums*less + 1, sums + less)
-        most = tl.maximum(most, z) # of equals the first one is the guess
-        beaten += ((z > wanted) | ((z == wanted) & (column < target))).to(tl.int32)
-    top,beaten = tl.max(most, 0),tl.sum(beaten, 0)
-    total = tl.sum(sums*tl.exp(most - top), 0)
-    logsum = top + tl.log(total)
-    tl.store(losses + row, tl.where(target == -100, 0., count*(logsum - wanted)))
-    tl.store(hits + row, tl.where(known & (beaten == 0), count, 0.))
+        z = _exponent(tl.load(logits + column, mask=column < end, other=0), scale, cap, CAP)
+        z = tl.where(column < end, z, float("-inf"))
+        more,less = z > most,tl.exp2(-tl.abs(z - most)) # of the two, the larger one counts as 1
+        sums = tl.where(more, sums*less + 1, sums + less)
+        most,first = tl.maximum(most, z),tl.where(more, start, first)
+    top = tl.max(most, 0)
+    guess = tl.min(tl.where(most == top, first + at, vocab), 0)
+    total = tl.where(ignored, 1., tl.sum(sums*tl.exp2(most - top), 0))
+    logsum = tl.where(ignored, float("inf"), top + tl.log2(total))
+    count = tl.load(counts + row).to(tl.float32) if COUNTS else 1.
+    count = tl.where(ignored, 0., count)
+    loss = count*(logsum - wanted)*0.6931471805599453
+    tl.store(losses + row, tl.where(ignored, 0., loss))
+    tl.store(hits + row, tl.where(guess == target, count, 0.))
     if GRAD:
         for i in range(0, vocab, BLOCK): # backwards: what was read last may be in the cache yet
             column = (vocab - 1)//BLOCK*BLOCK - i + at
-            z = _bent(tl.load(logits + column, mask=column < vocab, other=0), scale, cap, CAP)
-            grad = tl.exp(z - logsum) - tl.where(column == target, 1., 0.)
+            z = _exponent(tl.load(logits + column, mask=column < end, other=0), scale, cap, CAP)
+            grad = tl.exp2(z - logsum) - tl.where(column == target, 1., 0.)
             if CAP: grad *= 1 - (z/cap)*(z/cap)
-            grad = tl.where(target == -100, 0., grad*(count*scale))
+            grad *= count*slope
             tl.store(logits + column, grad.to(logits.dtype.element_ty), mask=column < vocab)
 
 # %% ../../nbs/53_kernels.loss.ipynb #55bb5433
@@ -93,10 +96,11 @@ def score_(logits:Tensor,      # What the head says, [rows, vocab]; becomes the 
         return _by_formula(logits, targets, losses, hits, counts, scale, softcap, grad)
     (rows,vocab),targets = logits.shape,targets.contiguous() # a kernel reads them in a row
     counts = None if counts is None else counts.contiguous()
-    block = min(triton.next_power_of_2(vocab), 2048)
+    block,e = min(triton.next_power_of_2(vocab), 4096),math.log2(math.e)
+    bend = (2*scale/softcap, softcap*e) if softcap else (scale*e, 0.)
     with on(logits):
         _score_kernel[rows,](logits, targets, losses if counts is None else counts, losses, hits,
-                             row_stride(logits), vocab, scale, softcap or 0.,
+                             row_stride(logits), vocab, *bend, scale,
                              COUNTS=counts is not None, CAP=bool(softcap), GRAD=grad, BLOCK=block,
                              num_warps=max(1, block//256))
     return logits

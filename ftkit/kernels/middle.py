@@ -224,9 +224,15 @@ def glu_backward_codes(dh:Tensor,           # Gradient of the result, [tokens, w
 
 # %% ../../nbs/70_kernels.middle.ipynb #8c4171dd
 @jit
+def _held(x, HOLD:tl.constexpr):
+    if HOLD: x = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], dtype=x.dtype,
+                                           is_pure=False, pack=2)
+    return x
+
+@jit
 def _factor_kernel(dh, gate, up, dgate, dup, dxa, sums, rows, width, ranks, chunk, ds, gs, os, xs,
-                   ACT:tl.constexpr, RANK:tl.constexpr, PREC:tl.constexpr, M:tl.constexpr,
-                   N:tl.constexpr):
+                   ACT:tl.constexpr, RANK:tl.constexpr, PREC:tl.constexpr, HOLD:tl.constexpr,
+                   M:tl.constexpr, N:tl.constexpr):
     at,k = tl.program_id(0)*N + tl.arange(0, N),tl.arange(0, RANK)
     acc,first = tl.zeros([N, RANK], dtype=tl.float32),tl.program_id(1)*chunk
     for start in range(first, min(first + chunk, rows), M):
@@ -238,9 +244,10 @@ def _factor_kernel(dh, gate, up, dgate, dup, dxa, sums, rows, width, ranks, chun
         u = tl.load(up + row*gs + to, mask=there, other=0.).to(tl.float32)
         x = tl.load(dxa + row*xs + k[None, :], mask=live & (k < ranks)[None, :], other=0.)
         share,slope = _activate(g, ACT)
+        g *= share
         tl.store(dgate + row*os + to, d*u*slope, mask=there)
-        tl.store(dup + row*os + to, d*g*share, mask=there)
-        h = (g*share*u).to(dh.dtype.element_ty)
+        tl.store(dup + row*os + to, d*g, mask=there)
+        h = _held((g*u).to(dh.dtype.element_ty), HOLD)
         acc = tl.dot(h.T, x, acc, input_precision=PREC)
     to = sums + (tl.program_id(1).to(tl.int64)*ranks + k)[None, :]*width + at[:, None]
     tl.store(to, acc, mask=(at < width)[:, None] & (k < ranks)[None, :])
@@ -248,6 +255,10 @@ def _factor_kernel(dh, gate, up, dgate, dup, dxa, sums, rows, width, ranks, chun
 # %% ../../nbs/70_kernels.middle.ipynb #1eaa0b53
 def _factor_sizes(ranks): # so small that many of them run side by side
     return dict(RANK=_power(ranks), M=32, N=64, num_warps=4, num_stages=3)
+
+def _may_hold(x): # two numbers in a register, on a machine that knows the instruction
+    compiled = triton is not None and isinstance(_factor_kernel, triton.JITFunction)
+    return compiled and x.is_cuda and torch.version.hip is None and x.element_size() == 2
 
 def factor_at_once(gate_up:Tensor, # [tokens, 2*width]
                    ranks:int       # Of the LoRA
@@ -291,6 +302,6 @@ def glu_backward_factor(dh:Tensor,        # Gradient of the result, [tokens, wid
     sums = torch.empty(-(-rows//chunk), ranks, width, dtype=torch.float32, device=device)
     with on(dh): _factor_kernel[tiles, len(sums)](
         dh, gate, up, dgate, dup, dxa, sums, rows, width, ranks, chunk, *strides, ACT=act,
-        PREC=dot_precision(dh), **how)
+        PREC=dot_precision(dh), HOLD=_may_hold(dh), **how)
     if add: return out, into.add_(sums.sum(0, dtype=kind))
     return out, torch.sum(sums, 0, dtype=kind, out=into)
