@@ -454,6 +454,11 @@ for arch, width in (89, 14336), (90, 14336), (90, 11008), (90, 4864), (89, 18944
     for again in True, False:
         kernel, _, _, how = middle._way_back(8192, width, again, True)
         many.append(held(kernel, how, arch, AGAIN=again))
+factor = typed(middle._factor_kernel, **bf16("dh gate up dgate dup dxa"), **fp32("sums"))
+factor = compiled(middle._factor_kernel, factor, 4, ACT="silu", RANK=16, PREC="ieee", HOLD=True,
+                  M=32, N=64)
+numbers = 32*64//128 # of a thread: each has its exponential once, also for the product
+assert factor.asm["ptx"].count("ex2.approx") == numbers and not spilled(factor)
 compiled(_onto_kernel, typed(_onto_kernel, factor="fp32", **bf16("y x b residual out")), 4, RANK=16,
          HOW="ieee", M=64, N=64)
 for k in norm, *many:
