@@ -27,7 +27,7 @@ from ftkit.kernels.edges import SCRATCH
 from ftkit.lora.inject import LoraConfig, add_lora
 from ftkit.memory import CUDA, cap_memory, memory_capped
 from ftkit.models.shapes import empty_model
-from ftkit.peaks import Peak, Tally, host_bytes, step_shape
+from ftkit.peaks import Peak, Tally, step_shape
 from ftkit.planner import FitMemory, apply_plan, ladder, most_tokens, plan_memory
 from ftkit.quant.linear import quantize_model
 from ftkit.sft import SupervisedTuning
@@ -82,7 +82,15 @@ def as_on_a_gpu(monkeypatch):
     monkeypatch.setattr(loss_kernels, "score_", lambda logits, *a, **k: logits)
     def room(self, t): # not on the device
         with _disable_current_modes(): return torch.empty(t.shape, dtype=t.dtype)
-    monkeypatch.setattr(Away, "_room", room)
+    def put(self, *tensors): # they stay until the next layer's are put away, and come a layer early
+        ticket = Ticket(self, [t if t is None else self._room(t) for t in tensors], self.last, list(tensors))
+        self.last = weakref.ref(ticket)
+        self.leaving.append(ticket)
+        self.let_go(self.in_flight)
+        return ticket
+    def let_go(self, keep=0):
+        while len(self.leaving) > keep: self.leaving.pop(0).here = None
+    for name, f in dict(_room=room, put=put, let_go=let_go).items(): monkeypatch.setattr(Away, name, f)
     SCRATCH.forget()
     yield
     SCRATCH.forget()
@@ -118,39 +126,17 @@ def made(kind, **more):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("plan", ["all", "norms", "none", "some", "more", "much", "most", "mixed", "host", "away", "pieces",
-                                  "norms away", "none away", "some away", "every second"])
+                                  "norms away", "none away", "some away", "norms and none away", "every second"])
 def test_the_peak_is_as_predicted(as_on_a_gpu, kind, plan):
     model = made(kind, vocab_size=320, num_hidden_layers=6)
     plan = {"mixed": [Saving("most")]*2 + [Saving("some")]*2 + [Saving()]*2, "host": Saving("most", host=True), "away": Saving("much", host=True),
             "pieces": Saving("most", piece=512), "norms away": Saving("norms", True), "none away": Saving("none", True),
-            "some away": Saving("some", True), "every second": [Saving("none", i % 2 == 0) for i in range(6)]}.get(plan, plan)
+            "some away": Saving("some", True),
+            "norms and none away": [Saving("norms", True)]*2 + [Saving("none", True)]*4, "every second": [Saving("none", i % 2 == 0) for i in range(6)]}.get(plan, plan)
     set_saving(model, plan)
     said = Peak(step_shape(model, 2048, optimizer="paged_adamw_8bit"), plan)
     found = counted_peak(model, 2048) + said.shape.optimizer
-    if isinstance(plan, list) and plan[0].host:  # on a CPU nothing is on its way while others work
-        found += sum(host_bytes(said.shape.layers[0], plan[0], 2048).values())
-    assert 0.95 < said.bytes/found < 1.05, (said, found, said.line)
-
-
-@pytest.mark.parametrize("level", ["norms", "none", "some", "most", "mixed"])
-def test_what_is_on_its_way_is_counted(as_on_a_gpu, monkeypatch, level):
-    "As on a GPU, where tensors stay until the copy of the next layer's begins, and come a layer early."
-    def put(self, *tensors):
-        ticket = Ticket(self, [t if t is None else self._room(t) for t in tensors], self.last, list(tensors))
-        self.last = weakref.ref(ticket)
-        self.leaving.append(ticket)
-        self.let_go(self.in_flight)
-        return ticket
-    def let_go(self, keep=0):
-        while len(self.leaving) > keep: self.leaving.pop(0).here = None
-    monkeypatch.setattr(Away, "put", put)
-    monkeypatch.setattr(Away, "let_go", let_go)
-    model = made("lora", vocab_size=320, num_hidden_layers=12)
-    plan = [Saving("norms", True)]*4 + [Saving("none", True)]*8 if level == "mixed" else Saving(level, True)
-    set_saving(model, plan)
-    said = Peak(step_shape(model, 2048, optimizer="paged_adamw_8bit"), plan)
-    found = counted_peak(model, 2048) + said.shape.optimizer
-    assert 0.99 < said.bytes/found < 1.01, (said, found, said.line)
+    assert 0.98 < said.bytes/found < 1.02, (said, found, said.line)
 
 
 @pytest.mark.parametrize("plan", ["all", "norms", "none", "some", "most"])
