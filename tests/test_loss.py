@@ -120,13 +120,15 @@ def test_strided_rows_and_ties():
     p = problem(9, 30, dim=24, ignored=False)
     a = linear_cross_entropy(**{**p, "hidden": wide[:,:24]})
     assert_close(a, linear_cross_entropy(**{**p, "hidden": wide[:,:24].contiguous()}))
-    z = draw(64, 7).round().bfloat16() # many ties
-    t = torch.arange(64, device=dev) % 7
-    for context in nullcontext, kernels:
-        losses,hits = torch.empty(2, 64, device=dev)
-        with context(): score_(z.clone(), t, losses, hits, grad=False)
-        first = (z == z.amax(-1, keepdim=True)).int().argmax(-1)
-        assert torch.equal(hits.bool(), first == t)
+    for vocab, places in (7, range(7)), (9000, (17, 8200)): # the latter in several blocks
+        z = draw(64, vocab).round().bfloat16() # many ties
+        if vocab > 8200: z[32:, 17] = z[32:, 8200] = z[48:, 4113] = 99
+        t = torch.tensor([places[i % len(places)] for i in range(64)], device=dev)
+        for context in nullcontext, kernels:
+            losses,hits = torch.empty(2, 64, device=dev)
+            with context(): score_(z.clone(), t, losses, hits, grad=False)
+            first = (z == z.amax(-1, keepdim=True)).int().argmax(-1)
+            assert torch.equal(hits.bool(), first == t) and hits.any()
 
 
 def test_only_what_is_asked_for():
@@ -165,7 +167,7 @@ def test_bad_input():
                         (dict(bias=draw(3)), "bias has shape"), (dict(counts=draw(5)), "counts has shape"),
                         (dict(targets=p["targets"].int()), "not int64")):
         with pytest.raises(ValueError, match=text): linear_cross_entropy(**{**p, **change})
-    for bad in 20, -1:
+    for bad in 20, -1, 2**32 + 5: # the last one's lower half would be a token
         t = p["targets"].clone()
         t[2] = bad
         cpu = {k: v.cpu() for k,v in p.items()} | {"targets": t.cpu()}
@@ -173,6 +175,15 @@ def test_bad_input():
         losses,hits = torch.empty(2, 6, device=dev)
         with kernels(): score_(draw(6, 20), t, losses, hits) # no look at the targets, and no crash
         assert losses.isnan().tolist() == [i == 2 for i in range(6)] and hits[2] == 0
+
+
+def test_a_row_without_target_is_not_looked_at():
+    z,t = draw(3, 40), torch.tensor([1, IGNORE, 2], device=dev)
+    z[1] = float("nan")
+    for context in nullcontext, kernels:
+        grad,(losses,hits) = z.clone(), torch.empty(2, 3, device=dev)
+        with context(): score_(grad, t, losses, hits)
+        assert not grad[1].any() and losses[1] == hits[1] == 0 and losses.isfinite().all() and grad[::2].all()
 
 
 def test_a_logit_that_is_no_number_shows():

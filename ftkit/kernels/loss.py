@@ -27,9 +27,9 @@ def score_formula(logits:Tensor,       # What the head says, [rows, vocab]; any 
                   softcap:float=None,  # c of c·tanh(z/c), after the factor
                  )->tuple:             # Losses, right first guesses (counted), [rows]; gradient
     "Cross entropy of each row, and its gradient with respect to the logits, in float32."
-    z = logits.float()*scale
-    if softcap: z = softcap*(z/softcap).tanh()
     learned,at = targets != IGNORE, targets.clamp(min=0)[:,None]
+    z = logits.float().masked_fill(~learned[:,None], 0)*scale # nothing comes of them, not even NaN
+    if softcap: z = softcap*(z/softcap).tanh()
     counts = learned.float() if counts is None else counts*learned
     logsum = z.logsumexp(-1)
     losses,right = logsum - z.gather(1, at)[:,0], z.argmax(-1) == targets
