@@ -8,6 +8,7 @@ __all__ = ['options', 'from_text', 'change', 'differing', 'as_text', 'as_html', 
 # %% ../nbs/04_options.ipynb #6f7b701f
 import ast, html, re, types, typing
 from dataclasses import fields, is_dataclass, replace
+from difflib import get_close_matches
 import ftkit as ft
 
 # %% ../nbs/04_options.ipynb #b827ba9a
@@ -87,14 +88,17 @@ def change(thing,     # A dataclass
 def _full_name(thing, key):
     "The dotted name of the option that `key` means."
     known = options(thing)
-    part,dot,_ = key.partition(".")
+    part,dot,leaf = key.partition(".")
     if key in known: return key
     if dot and part in known and known[part] is None:
         raise ft.FtkitError(f"there is no {part} here to set options of", where=f"option {key}")
     short = {k: k.rpartition(".")[2] for k in known}
     same = [k for k in known if short[k] == key]
     if len(same) == 1: return same[0]
-    if not same: raise ft.unknown_name("option", key, [*known, *short.values()])
+    if not same: # under a wrong part, or misspelt there
+        near = get_close_matches(leaf, short.values(), n=1, cutoff=0.75) if dot else []
+        near = [k for k in known if short[k] in near]
+        raise ft.unknown_name("option", key, near or [*known, *short.values()])
     raise ft.FtkitError(f"more than one option has this name: {', '.join(same)}",
                         where=f"option {key}", fix="Give the full name")
 
