@@ -686,5 +686,5 @@ def test_the_lines_of_the_page_about_values(name, line):
     assert r.optim.check().lr == 2e-4 and r.lora.r == 64
     model = add_lora(toy(), r.lora)
     assert len(lora_layers(model)) == (8 if line is TUTORIAL else 14)
-    page = (Path(__file__).parent.parent/"nbs/65_training.optim.ipynb").read_text()
+    page = (Path(__file__).parent.parent/"nbs/66_training.optim.ipynb").read_text()
     assert all(pair in page for pair in line.split())
