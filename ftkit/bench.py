@@ -18,6 +18,7 @@ from .data.packing import Row
 from .data.tokens import IGNORE
 from .graph import StepGraphs
 from .flops import promised, reached, step_flops, utilization
+from .kernels.products import choices
 from .profiling import TimeProfile, Watch
 from .recipes import (OBJECTIVES, _check_method, _checked, _choose_path, _collate,
                            _limited, _model_to_train,
@@ -116,6 +117,7 @@ class BenchResult:
     reserved_bytes:int=None  # The same, with what the allocator holds beside
     loss:float=None          # Mean over all steps
     profile:TimeProfile=None
+    races:list=()            # Of products of matrices, as `choices` has them
 
     @property
     def step_seconds(self)->float: return median(self.seconds)
@@ -143,7 +145,14 @@ def __repr__(self:BenchResult):
              f"  work    {self.flops/1e12:.3g} TFLOP a step{_used(self)}"]
     if self.peak_bytes: lines.append(f"  memory  {self.peak_bytes/2**30:.2f} GiB at the peak, "
                                      f"{(self.reserved_bytes or 0)/2**30:.2f} reserved")
+    if self.races: lines.append(f"  kernels {_raced(self.races)}")
     return "\n".join([*lines, *([repr(self.profile)] if self.profile else [])])
+
+def _raced(races):
+    "What came of the races."
+    won = [first/ms - 1 for *_,best,ms,first in races if best != "torch"]
+    most = f", by up to {max(won):.0%}" if won else ""
+    return f"{len(won)} of {len(races)} large products are faster than PyTorch's choice{most}"
 
 def _used(self):
     "Which part of what the card can do."
@@ -166,7 +175,7 @@ def timed(trainer:Trainer, # Not started yet, with `clock` among its callbacks
     return BenchResult(name, device, round(median(map(sum, lengths))), round(median(learned)),
         times(clock), median(flops), promised(device),
         reached(trainer.device, trainer.precision, seconds=1. if cuda else 0.2), clock.peak,
-        clock.reserved, losses[-1] if losses else None, clock.profile)
+        clock.reserved, losses[-1] if losses else None, clock.profile, choices())
 
 # %% ../nbs/93_bench.ipynb #442ae825
 def _bench_rows(r, tokens, clock, tokenizer, model):
