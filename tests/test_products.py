@@ -1,9 +1,12 @@
 "Products by the fastest kernel: what is raced, when, and that nothing else changes."
+import subprocess, sys
 from functools import partial
+from pathlib import Path
 import pytest, torch
 from torch.testing import assert_close
 from ftkit.kernels import products
-from ftkit.kernels.products import _fits, _side, choices, multiply, race
+from ftkit.core import FtkitError
+from ftkit.kernels.products import _best as best, _fits as fits, _side, choices, multiply, race
 
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 TURNS = [(a, b) for a in (False, True) for b in (False, True)]
@@ -31,14 +34,11 @@ def raced(monkeypatch):
     def clock(run, ms):
         run()
         return cost[run.args[0]] if isinstance(run.args[0], str) else 1.
-    for name,value in dict(_Plan=Plan, _library=lambda: True, _known={}, LEAST=1, PATIENCE=3,
-                           race=partial(race, clock=clock), _clock=clock).items():
+    for name,value in dict(_Plan=Plan, _library=lambda: True, _known={}, PATIENCE=3,
+                           race=partial(race, clock=clock)).items():
         monkeypatch.setattr(products, name, value)
     monkeypatch.setattr(products.torch.cuda, "is_current_stream_capturing", lambda: False)
     return ran
-
-
-def best(a, b, out): return products._best(a, b, out)
 
 
 @pytest.mark.parametrize("turned", [False, True])
@@ -52,7 +52,6 @@ def test_a_matrix_is_what_the_library_reads_from_its_memory(turned):
 def test_only_what_is_contiguous_one_way_fits(monkeypatch):
     monkeypatch.setattr(products, "_library", lambda: True)
     a,b = torch.zeros(16, 16, dtype=torch.bfloat16),torch.zeros(16, 16, dtype=torch.bfloat16)
-    fits = lambda a, b, out: _fits(a, b, out)
     assert fits(a, b, torch.empty_like(a)) and fits(a.T, b.T, torch.empty_like(a))
     wide = torch.zeros(16, 32, dtype=torch.bfloat16)
     assert not fits(wide[:,::2], b, torch.empty_like(a))
@@ -73,7 +72,7 @@ def test_on_the_host_it_is_pytorchs_product(shape, turned):
     assert torch.equal(multiply(a, b), out)
 
 
-def test_gradients_pass(monkeypatch):
+def test_gradients_pass_and_what_does_not_fit_is_refused():
     a,b = torch.randn(3, 4, requires_grad=True),torch.randn(4, 2)
     multiply(a, b).sum().backward()
     assert_close(a.grad, b.sum(1).expand(3, 4))
@@ -122,12 +121,33 @@ def test_no_race_while_a_graph_is_recorded(raced, monkeypatch):
 
 def test_what_the_library_refuses_is_left_to_pytorch(raced, monkeypatch, caplog):
     class Plan:
-        def __init__(self, *_): raise RuntimeError("cublasLtMatmulDescCreate answers with error 7")
+        def __init__(self, *_): raise FtkitError("cublasLtMatmulDescCreate answers with error 7")
     monkeypatch.setattr(products, "_Plan", Plan)
     a,b = (torch.randn(32, 32).bfloat16() for _ in range(2))
     out = torch.empty_like(a)
     for _ in range(9): assert best(a, b, out) is None
     assert caplog.text.count("answers with error 7") == 1 and choices() == []
+
+
+def test_memory_that_runs_out_in_a_race_is_for_the_planner_to_know(raced, monkeypatch):
+    def full(*_): raise torch.OutOfMemoryError("no memory")
+    monkeypatch.setattr(products, "race", full)
+    a,b = (torch.randn(32, 32).bfloat16() for _ in range(2))
+    out = torch.empty_like(a)
+    for _ in range(2): best(a, b, out)
+    with pytest.raises(torch.OutOfMemoryError): best(a, b, out)
+    for _ in range(9): assert best(a, b, out) is None, "the step that is done again holds no race"
+
+
+def test_lengths_that_vary_hold_few_races_and_are_not_remembered_for_ever(raced, monkeypatch):
+    monkeypatch.setattr(products, "RACES", 2)
+    monkeypatch.setattr(products, "LAYOUTS", 5)
+    b,out = torch.randn(32, 32).bfloat16(),torch.empty(64, 32).bfloat16()
+    for n in range(16, 40):
+        a = torch.randn(n, 32).bfloat16()
+        for _ in range(5): run = best(a, b, out[:n])
+        assert (run is not None) == (n < 18)
+    assert len(choices()) == 2 and len(products._known) == 5
 
 
 def test_a_lead_of_less_than_a_percent_is_none():
@@ -175,3 +195,13 @@ def test_a_race_on_the_card_changes_no_bit(monkeypatch):
     a.requires_grad_()
     multiply(a, b).sum().backward() # autograd is not cut off
     assert a.grad is not None
+
+
+def test_the_tool_says_what_it_needs():
+    tool = Path(__file__).parent.parent/"tools"/"bench_products.py"
+    run = partial(subprocess.run, capture_output=True, text=True)
+    done = run([sys.executable, tool, "--shape", "no-such"])
+    assert done.returncode == 2 and "llama3-8b" in done.stderr
+    if torch.cuda.is_available(): return
+    done = run([sys.executable, tool])
+    assert done.returncode == 1 and "GPU" in done.stderr
