@@ -20,17 +20,30 @@ from ..quant.fp8 import E4M3
 # %% ../../nbs/71_kernels.middle.ipynb #8537f161
 @jit
 def _codes_kernel(gate, up, h, codes, scales, width, gs, hs, cs, ACT:tl.constexpr,
-                  BLOCK:tl.constexpr):
+                  STEPS:tl.constexpr, BLOCK:tl.constexpr):
     row,at = tl.program_id(0).to(tl.int64),tl.arange(0, BLOCK)
-    v = _product(gate + row*gs, up + row*gs, h + row*hs, at, width, ACT)
-    inverse = _row_scale(tl.max(tl.abs(v), 0), scales, row)
-    tl.store(codes + row*cs + at, (v*inverse).to(codes.dtype.element_ty), mask=at < width)
+    gate,up,h,codes = gate + row*gs,up + row*gs,h + row*hs,codes + row*cs
+    largest,held = tl.zeros([BLOCK], tl.float32),()
+    come = _two(gate, up, at, width),
+    for step in tl.static_range(STEPS):
+        to = step*BLOCK + at
+        if step + 1 < STEPS: come = come + (_two(gate, up, to + BLOCK, width),)
+        v = _product(*come[step], h, to, width, ACT)
+        largest,held = tl.maximum(largest, tl.abs(v)),held + (v,)
+    inverse = _row_scale(tl.max(largest, 0), scales, row)
+    for step in tl.static_range(STEPS):
+        to = step*BLOCK + at
+        tl.store(codes + to, (held[step]*inverse).to(codes.dtype.element_ty), mask=to < width)
 
 # %% ../../nbs/71_kernels.middle.ipynb #a1deb43d
 @jit
-def _product(gate, up, h, to, width, ACT:tl.constexpr):
-    g = tl.load(gate + to, mask=to < width, other=0.).to(tl.float32)
-    u = tl.load(up + to, mask=to < width, other=0.).to(tl.float32)
+def _two(gate, up, to, width):
+    there = to < width
+    return tl.load(gate + to, mask=there, other=0.), tl.load(up + to, mask=there, other=0.)
+
+@jit
+def _product(g, u, h, to, width, ACT:tl.constexpr):
+    g,u = g.to(tl.float32),u.to(tl.float32)
     share,_ = _activate(g, ACT)
     v = (g*share*u).to(h.dtype.element_ty)
     tl.store(h + to, v, mask=to < width)
@@ -43,7 +56,8 @@ def _wide_codes_kernel(gate, up, h, codes, scales, width, gs, hs, cs, ACT:tl.con
     row,at = tl.program_id(0).to(tl.int64),tl.arange(0, BLOCK)
     largest = tl.zeros([BLOCK], tl.float32)
     for step in range(STEPS):
-        v = _product(gate + row*gs, up + row*gs, h + row*hs, step*BLOCK + at, width, ACT)
+        to = step*BLOCK + at
+        v = _product(*_two(gate + row*gs, up + row*gs, to, width), h + row*hs, to, width, ACT)
         largest = tl.maximum(largest, tl.abs(v))
     inverse = _row_scale(tl.max(largest, 0), scales, row)
     tl.debug_barrier() # what other threads of this program have written is there from here on
@@ -53,7 +67,7 @@ def _wide_codes_kernel(gate, up, h, codes, scales, width, gs, hs, cs, ACT:tl.con
         tl.store(codes + row*cs + to, (v*inverse).to(codes.dtype.element_ty), mask=to < width)
 
 # %% ../../nbs/71_kernels.middle.ipynb #d193739a
-_HELD = 16384 # Numbers of a row that a program holds
+_HELD = 20480 # Numbers of a row that a program holds; of the way back, twice as many
 
 def _fits(x): return fits_kernels(x) and writes_fp8(x)
 
@@ -63,15 +77,13 @@ def _room(x, width, codes, scales):
     return codes, scales
 
 def _blocks(width, most):
-    "Numbers of a block, at most `most`, and how many blocks a row has."
+    "Numbers of a block, at most `most`, how many blocks a row has, and warps."
     block = min(most, triton.next_power_of_2(width))
-    return dict(BLOCK=block, STEPS=triton.cdiv(width, block))
+    return dict(BLOCK=block, STEPS=triton.cdiv(width, block), num_warps=max(1, block//256))
 
 def _way(width):
     "The kernel that goes forward, its blocks and warps."
-    if width > _HELD: return _wide_codes_kernel,_blocks(width, 2048) | dict(num_warps=8)
-    block = triton.next_power_of_2(width)
-    return _codes_kernel,dict(BLOCK=block, num_warps=min(16, max(1, block//512)))
+    return _codes_kernel if width <= _HELD else _wide_codes_kernel, _blocks(width, 2048)
 
 # %% ../../nbs/71_kernels.middle.ipynb #86c31702
 def glu_codes(gate_up:Tensor,      # [tokens, 2*width]: gate, then up
@@ -97,73 +109,83 @@ def glu_codes(gate_up:Tensor,      # [tokens, 2*width]: gate, then up
 
 # %% ../../nbs/71_kernels.middle.ipynb #bf5f5e6d
 @jit
-def _gradients(dh, gate, up, dgate, dup, h, to, there, ACT:tl.constexpr, AGAIN:tl.constexpr,
-               LEAVE:tl.constexpr):
-    d = tl.load(dh + to, mask=there, other=0., eviction_policy=LEAVE).to(tl.float32)
-    g = tl.load(gate + to, mask=there, other=0., eviction_policy=LEAVE).to(tl.float32)
-    u = tl.load(up + to, mask=there, other=0., eviction_policy=LEAVE).to(tl.float32)
+def _three(dh, gate, up, to, there, LEAVE:tl.constexpr):
+    return (tl.load(dh + to, mask=there, other=0., eviction_policy=LEAVE),
+            tl.load(gate + to, mask=there, other=0., eviction_policy=LEAVE),
+            tl.load(up + to, mask=there, other=0., eviction_policy=LEAVE))
+
+@jit
+def _gradients(d, g, u, dgate, dup, h, to, there, ACT:tl.constexpr, AGAIN:tl.constexpr,
+               WORDS:tl.constexpr):
+    d,g,u = d.to(tl.float32),g.to(tl.float32),u.to(tl.float32)
     share,slope = _activate(g, ACT)
-    if AGAIN: tl.store(h + to, g*share*u, mask=there)
-    u = (d*u*slope).to(dgate.dtype.element_ty) # from here on the gradient of the gate
-    g = (d*g*share).to(dup.dtype.element_ty)   # and that of up
+    g *= share
+    if AGAIN: tl.store(h + to, g*u, mask=there)
+    u,g,a,b = _rounded(d*u*slope, d*g, dgate, WORDS)
     tl.store(dgate + to, u, mask=there)
     tl.store(dup + to, g, mask=there)
-    return u, g
+    return a, b
 
 @jit
 def _times(v, factors, to, width):
-    f = tl.load(factors + to, mask=to < width, other=0., eviction_policy="evict_last")
-    return v.to(tl.float32)*f
+    return v*tl.load(factors + to, mask=to < width, other=0., eviction_policy="evict_last")
 
 # %% ../../nbs/71_kernels.middle.ipynb #5ea2f5dd
 @jit
-def _pack(a, b):
-    high = a.to(tl.int16, bitcast=True).to(tl.int32) << 16
-    return high | (b.to(tl.int16, bitcast=True).to(tl.int32) & 0xffff)
+def _rounded(a, b, like, WORDS:tl.constexpr):
+    "Two numbers in the type of a place, and both in float32 again."
+    if WORDS:
+        w = tl.inline_asm_elementwise("cvt.rn.bf16x2.f32 $0, $1, $2;", "=r,f,f", [a, b],
+                                      dtype=tl.int32, is_pure=True, pack=1)
+        return ((w >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True),
+                w.to(tl.int16).to(tl.bfloat16, bitcast=True),
+                (w & -65536).to(tl.float32, bitcast=True), (w << 16).to(tl.float32, bitcast=True))
+    a,b = a.to(like.dtype.element_ty),b.to(like.dtype.element_ty)
+    return a, b, a.to(tl.float32), b.to(tl.float32)
 
-@jit
-def _unpack(both, like):
-    kind:tl.constexpr = like.dtype.element_ty
-    return ((both >> 16).to(tl.int16).to(kind, bitcast=True),
-            both.to(tl.int16).to(kind, bitcast=True))
+def _instructs(x): # on a machine that knows such instructions, and for numbers of two bytes
+    compiled = triton is not None and isinstance(_codes_back_kernel, triton.JITFunction)
+    return compiled and x.is_cuda and torch.version.hip is None and x.element_size() == 2
 
 # %% ../../nbs/71_kernels.middle.ipynb #c535b97b
 @jit
 def _codes_back_kernel(dh, gate, up, dgate, dup, h, fg, fu, cg, cu, scales, width, ds, gs, os, hs,
-                       cs, ACT:tl.constexpr, AGAIN:tl.constexpr, PACK:tl.constexpr,
+                       cs, ACT:tl.constexpr, AGAIN:tl.constexpr, WORDS:tl.constexpr,
                        STEPS:tl.constexpr, BLOCK:tl.constexpr):
     row,at = tl.program_id(0).to(tl.int64),tl.arange(0, BLOCK)
-    largest,held = tl.zeros([BLOCK], tl.float32),()
-    for step in tl.static_range(STEPS):
+    dh,gate,up,dgate,dup = dh + row*ds,gate + row*gs,up + row*gs,dgate + row*os,dup + row*os
+    h,cg,cu = h + row*hs,cg + row*cs,cu + row*cs
+    largest,held,come = tl.zeros([BLOCK], tl.float32),(),()
+    for step in tl.static_range(STEPS + 2):
         to = step*BLOCK + at
-        a,b = _gradients(dh + row*ds, gate + row*gs, up + row*gs, dgate + row*os, dup + row*os,
-                         h + row*hs, to, to < width, ACT, AGAIN, "evict_first")
-        p,q = _times(a, fg, to, width),_times(b, fu, to, width)
-        largest = tl.maximum(largest, tl.maximum(tl.abs(p), tl.abs(q)))
-        if PACK: held = held + (_pack(a, b),)
-        else: held = held + (p, q)
+        if step < STEPS: come = come + (_three(dh, gate, up, to, to < width, "evict_first"),)
+        if step >= 2:
+            to -= 2*BLOCK
+            a,b = _gradients(*come[step - 2], dgate, dup, h, to, to < width, ACT, AGAIN, WORDS)
+            p,q = _times(a, fg, to, width),_times(b, fu, to, width)
+            largest = tl.maximum(largest, tl.maximum(tl.abs(p), tl.abs(q)))
+            held = held + (p, q)
     inverse = _row_scale(tl.max(largest, 0), scales, row)
     for step in tl.static_range(STEPS):
         to = step*BLOCK + at
-        if PACK:
-            a,b = _unpack(held[step], dgate)
-            p,q = _times(a, fg, to, width),_times(b, fu, to, width)
-        else: p,q = held[2*step],held[2*step + 1]
-        tl.store(cg + row*cs + to, (p*inverse).to(cg.dtype.element_ty), mask=to < width)
-        tl.store(cu + row*cs + to, (q*inverse).to(cu.dtype.element_ty), mask=to < width)
+        p,q = held[2*step]*inverse,held[2*step + 1]*inverse
+        tl.store(cg + to, p.to(cg.dtype.element_ty), mask=to < width)
+        tl.store(cu + to, q.to(cu.dtype.element_ty), mask=to < width)
 
 # %% ../../nbs/71_kernels.middle.ipynb #27d973a7
 @jit
 def _wide_codes_back_kernel(dh, gate, up, dgate, dup, h, fg, fu, cg, cu, scales, rows, width, ds,
                             gs, os, hs, cs, ACT:tl.constexpr, AGAIN:tl.constexpr,
-                            STEPS:tl.constexpr, ROWS:tl.constexpr, BLOCK:tl.constexpr):
+                            WORDS:tl.constexpr, STEPS:tl.constexpr, ROWS:tl.constexpr,
+                            BLOCK:tl.constexpr):
     r,at = tl.program_id(0)*ROWS + tl.arange(0, ROWS),tl.arange(0, BLOCK)[None, :]
     row,here = r.to(tl.int64)[:, None],(r < rows)[:, None]
     largest = tl.zeros([ROWS, BLOCK], tl.float32)
     for step in range(STEPS):
         to = step*BLOCK + at
-        a,b = _gradients(dh + row*ds, gate + row*gs, up + row*gs, dgate + row*os, dup + row*os,
-                         h + row*hs, to, here & (to < width), ACT, AGAIN, "")
+        there = here & (to < width)
+        a,b = _gradients(*_three(dh + row*ds, gate + row*gs, up + row*gs, to, there, ""),
+                         dgate + row*os, dup + row*os, h + row*hs, to, there, ACT, AGAIN, WORDS)
         p,q = _times(a, fg, to, width),_times(b, fu, to, width)
         largest = tl.maximum(largest, tl.maximum(tl.abs(p), tl.abs(q)))
     inverse = _row_scale(tl.max(largest, 1), scales, r, r < rows)[:, None]
@@ -176,18 +198,15 @@ def _wide_codes_back_kernel(dh, gate, up, dgate, dup, h, fg, fu, cg, cu, scales,
 @jit
 def _recode(x, factors, codes, inverse, to, width, here):
     there = here & (to < width)
-    v = _times(tl.load(x + to, mask=there, other=0.), factors, to, width)
+    v = _times(tl.load(x + to, mask=there, other=0.).to(tl.float32), factors, to, width)
     tl.store(codes + to, (v*inverse).to(codes.dtype.element_ty), mask=there)
 
 # %% ../../nbs/71_kernels.middle.ipynb #ae4008ba
-def _way_back(rows, width, again, small):
+def _way_back(rows, width):
     "The kernel that goes back, its programs, the sizes it is told, its blocks and warps."
-    if width > _HELD:
-        how = _shared_steps(rows, width)
-        return _wide_codes_back_kernel,triton.cdiv(rows, how["ROWS"]),(rows, width),how
-    how = _blocks(width, 4096 if again else _HELD)
-    warps = min(32, max(1, how["BLOCK"]//(256 if again else 512)))
-    return _codes_back_kernel,rows,(width,),how | dict(PACK=again and small, num_warps=warps)
+    if width <= _HELD: return _codes_back_kernel,rows,(width,),_blocks(width, 4096)
+    how = _shared_steps(rows, width)
+    return _wide_codes_back_kernel,triton.cdiv(rows, how["ROWS"]),(rows, width),how
 
 def _shared_steps(rows, width):
     "For programs of several rows, as many as leave enough programs."
@@ -217,9 +236,11 @@ def glu_backward_codes(dh:Tensor,           # Gradient of the result, [tokens, w
     strides = (_like(dh, gate.shape, "dh"), row_stride(gate_up), _like(out, gate_up.shape, "out"),
                _like(h, gate.shape, "h") if again else 0, _like(codes, gate_up.shape, "codes"))
     if rows:
-        kernel,programs,sizes,how = _way_back(rows, width, again, out.itemsize == 2)
-        with on(gate): kernel[programs,](dh, gate, up, dgate, dup, h if again else dh, fg, fu, cg,
-                                         cu, scales, *sizes, *strides, ACT=act, AGAIN=again, **how)
+        kernel,programs,sizes,how = _way_back(rows, width)
+        words = out.dtype == torch.bfloat16 and _instructs(out)
+        with on(gate): kernel[programs,](
+            dh, gate, up, dgate, dup, h if again else dh, fg, fu, cg, cu, scales, *sizes, *strides,
+            ACT=act, AGAIN=again, WORDS=words, **how)
     return out, codes, scales
 
 # %% ../../nbs/71_kernels.middle.ipynb #8c4171dd
@@ -255,10 +276,6 @@ def _factor_kernel(dh, gate, up, dgate, dup, dxa, sums, rows, width, ranks, chun
 # %% ../../nbs/71_kernels.middle.ipynb #1eaa0b53
 def _factor_sizes(ranks): # so small that many of them run side by side
     return dict(RANK=_power(ranks), M=32, N=64, num_warps=4, num_stages=3)
-
-def _may_hold(x): # two numbers in a register, on a machine that knows the instruction
-    compiled = triton is not None and isinstance(_factor_kernel, triton.JITFunction)
-    return compiled and x.is_cuda and torch.version.hip is None and x.element_size() == 2
 
 def factor_at_once(gate_up:Tensor, # [tokens, 2*width]
                    ranks:int       # Of the LoRA
@@ -302,6 +319,6 @@ def glu_backward_factor(dh:Tensor,        # Gradient of the result, [tokens, wid
     sums = torch.empty(-(-rows//chunk), ranks, width, dtype=torch.float32, device=device)
     with on(dh): _factor_kernel[tiles, len(sums)](
         dh, gate, up, dgate, dup, dxa, sums, rows, width, ranks, chunk, *strides, ACT=act,
-        PREC=dot_precision(dh), HOLD=_may_hold(dh), **how)
+        PREC=dot_precision(dh), HOLD=_instructs(dh), **how)
     if add: return out, into.add_(sums.sum(0, dtype=kind))
     return out, torch.sum(sums, 0, dtype=kind, out=into)
