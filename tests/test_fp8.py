@@ -318,23 +318,6 @@ def test_columns_to_spare_become_zeros(spare):
         quantize_rows(x, None, torch.empty(5, 300, device=DEVICE), beside=(small, steps))
 
 
-@pytest.mark.parametrize("many", (2, 4))
-def test_rows_of_the_middle_that_share_a_program(many, monkeypatch):
-    "As they do where there are thousands."
-    assert [middle._shared_steps(n, 4096)["ROWS"] for n in (1023, 1024, 4096)] == [1, 2, 4]
-    monkeypatch.setattr(middle, "_HELD", 16)
-    monkeypatch.setattr(middle, "_shared_steps", lambda rows, width: dict(
-        ROWS=many, BLOCK=16, STEPS=-(-width//16), num_warps=1))
-    for rows in 1, 4, 7:
-        gate_up, dh, factors = randn(rows, 80), randn(rows, 40, seed=1), randn(80, seed=2).abs()
-        theirs, again = glu_backward(dh, gate_up), glu_forward(gate_up)
-        with kernels(): d, codes, scales = glu_backward_codes(
-            dh, gate_up, factors, out=gate_up, h=dh, codes=torch.empty_like(gate_up))
-        assert_close(d, theirs, rtol=1e-4, atol=1e-5)
-        assert_close(dh, again, rtol=1e-4, atol=1e-5)
-        same((codes, scales), to_fp8(d, factors), 0.99)
-
-
 def test_rows_that_are_held_are_as_those_that_are_read_back(monkeypatch):
     "To the last bit, in 16 bits: of few numbers, in parts, and whole."
     for width, dtype in (5, torch.bfloat16), (4864, torch.float16), (11008, torch.bfloat16):
@@ -356,13 +339,12 @@ def test_how_rows_are_held():
             (middle._way, 70, 128, 1, 1), (middle._way_back, 14336, 4096, 4, 16),
             (middle._way_back, 18944, 4096, 5, 16), (middle._way_back, 4864, 4096, 2, 16),
             (middle._way_back, 1000, 1024, 1, 4), (middle._way_back, 70, 128, 1, 1)):
-        given = (8, width) if way is middle._way_back else (width,)
-        assert way(*given)[-1] == dict(BLOCK=block, STEPS=steps, num_warps=warps)
+        assert way(width)[1] == dict(BLOCK=block, STEPS=steps, num_warps=warps)
     assert middle._way(20480)[0] is middle._codes_kernel is not middle._way(20481)[0]
-    assert middle._way_back(8, 20480)[0] is middle._codes_back_kernel
-    assert middle._way_back(4096, 28672)[1:3] == (1024, (4096, 28672))
+    assert middle._way_back(20480)[0] is middle._codes_back_kernel
+    assert middle._way_back(28672)[1] == dict(BLOCK=8192, STEPS=4, num_warps=32)
     for n in range(16):
-        for how in middle._way(2**n)[1], middle._way_back(1, 2**n)[3]:
+        for how in middle._way(2**n)[1], middle._way_back(2**n)[1]:
             assert how["BLOCK"] >= min(2**n, 32*how["num_warps"])
 
 
@@ -456,8 +438,7 @@ for arch, width in (89, 14336), (90, 14336), (90, 11008), (90, 4864), (89, 18944
     many.append(held(*middle._way(width), arch))
     for again in True, False:
         for words in (True, False)[:1 + (width < 16384)]:
-            kernel, _, _, how = middle._way_back(8192, width)
-            many.append(held(kernel, how, arch, AGAIN=again, WORDS=words))
+            many.append(held(*middle._way_back(width), arch, AGAIN=again, WORDS=words))
             alone = "cvt.rn.bf16.f32" in many[-1].asm["ptx"]  # numbers rounded one by one
             assert alone != words or width > 20480
 factor = typed(middle._factor_kernel, **bf16("dh gate up dgate dup dxa"), **fp32("sums"))

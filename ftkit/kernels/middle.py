@@ -174,44 +174,37 @@ def _codes_back_kernel(dh, gate, up, dgate, dup, h, fg, fu, cg, cu, scales, widt
 
 # %% ../../nbs/71_kernels.middle.ipynb #27d973a7
 @jit
-def _wide_codes_back_kernel(dh, gate, up, dgate, dup, h, fg, fu, cg, cu, scales, rows, width, ds,
-                            gs, os, hs, cs, ACT:tl.constexpr, AGAIN:tl.constexpr,
-                            WORDS:tl.constexpr, STEPS:tl.constexpr, ROWS:tl.constexpr,
-                            BLOCK:tl.constexpr):
-    r,at = tl.program_id(0)*ROWS + tl.arange(0, ROWS),tl.arange(0, BLOCK)[None, :]
-    row,here = r.to(tl.int64)[:, None],(r < rows)[:, None]
-    largest = tl.zeros([ROWS, BLOCK], tl.float32)
+def _wide_codes_back_kernel(dh, gate, up, dgate, dup, h, fg, fu, cg, cu, scales, width, ds, gs, os,
+                            hs, cs, ACT:tl.constexpr, AGAIN:tl.constexpr, WORDS:tl.constexpr,
+                            STEPS:tl.constexpr, BLOCK:tl.constexpr):
+    row,at = tl.program_id(0).to(tl.int64),tl.arange(0, BLOCK)
+    dh,gate,up,dgate,dup = dh + row*ds,gate + row*gs,up + row*gs,dgate + row*os,dup + row*os
+    h,cg,cu = h + row*hs,cg + row*cs,cu + row*cs
+    largest = tl.zeros([BLOCK], tl.float32)
     for step in range(STEPS):
         to = step*BLOCK + at
-        there = here & (to < width)
-        a,b = _gradients(*_three(dh + row*ds, gate + row*gs, up + row*gs, to, there, ""),
-                         dgate + row*os, dup + row*os, h + row*hs, to, there, ACT, AGAIN, WORDS)
+        a,b = _gradients(*_three(dh, gate, up, to, to < width, ""), dgate, dup, h, to, to < width,
+                         ACT, AGAIN, WORDS)
         p,q = _times(a, fg, to, width),_times(b, fu, to, width)
         largest = tl.maximum(largest, tl.maximum(tl.abs(p), tl.abs(q)))
-    inverse = _row_scale(tl.max(largest, 1), scales, r, r < rows)[:, None]
+    inverse = _row_scale(tl.max(largest, 0), scales, row)
     tl.debug_barrier()
     for step in range(STEPS):
         to = step*BLOCK + at
-        _recode(dgate + row*os, fg, cg + row*cs, inverse, to, width, here)
-        _recode(dup + row*os, fu, cu + row*cs, inverse, to, width, here)
+        _recode(dgate, fg, cg, inverse, to, width)
+        _recode(dup, fu, cu, inverse, to, width)
 
 @jit
-def _recode(x, factors, codes, inverse, to, width, here):
-    there = here & (to < width)
-    v = _times(tl.load(x + to, mask=there, other=0.).to(tl.float32), factors, to, width)
-    tl.store(codes + to, (v*inverse).to(codes.dtype.element_ty), mask=there)
+def _recode(x, factors, codes, inverse, to, width):
+    v = tl.load(x + to, mask=to < width, other=0.).to(tl.float32)
+    v = _times(v, factors, to, width)*inverse
+    tl.store(codes + to, v.to(codes.dtype.element_ty), mask=to < width)
 
 # %% ../../nbs/71_kernels.middle.ipynb #ae4008ba
-def _way_back(rows, width):
-    "The kernel that goes back, its programs, the sizes it is told, its blocks and warps."
-    if width <= _HELD: return _codes_back_kernel,rows,(width,),_blocks(width, 4096)
-    how = _shared_steps(rows, width)
-    return _wide_codes_back_kernel,triton.cdiv(rows, how["ROWS"]),(rows, width),how
-
-def _shared_steps(rows, width):
-    "For programs of several rows, as many as leave enough programs."
-    many = 4 if rows >= 4096 else 2 if rows >= 1024 else 1
-    return _blocks(width, 2048//many) | dict(ROWS=many, num_warps=8)
+def _way_back(width):
+    "The kernel that goes back, its blocks and warps."
+    if width <= _HELD: return _codes_back_kernel,_blocks(width, 4096)
+    return _wide_codes_back_kernel,_blocks(width, 8192)
 
 # %% ../../nbs/71_kernels.middle.ipynb #213470b1
 def glu_backward_codes(dh:Tensor,           # Gradient of the result, [tokens, width]
@@ -236,10 +229,10 @@ def glu_backward_codes(dh:Tensor,           # Gradient of the result, [tokens, w
     strides = (_like(dh, gate.shape, "dh"), row_stride(gate_up), _like(out, gate_up.shape, "out"),
                _like(h, gate.shape, "h") if again else 0, _like(codes, gate_up.shape, "codes"))
     if rows:
-        kernel,programs,sizes,how = _way_back(rows, width)
+        kernel,how = _way_back(width)
         words = out.dtype == torch.bfloat16 and _instructs(out)
-        with on(gate): kernel[programs,](
-            dh, gate, up, dgate, dup, h if again else dh, fg, fu, cg, cu, scales, *sizes, *strides,
+        with on(gate): kernel[rows,](
+            dh, gate, up, dgate, dup, h if again else dh, fg, fu, cg, cu, scales, width, *strides,
             ACT=act, AGAIN=again, WORDS=words, **how)
     return out, codes, scales
 
