@@ -1,7 +1,7 @@
 """The large products of a layer on a GPU: every kernel of cuBLASLt's list, and who wins the race.
 
     python tools/bench_products.py                            Llama-3-8B, 8,192 tokens
-    python tools/bench_products.py --shape qwen2.5-7b --rows 2048 --ranks 64 --ms 60
+    python tools/bench_products.py --shape qwen2.5-7b --rows 2048 --ranks 64 --ms 200
 
 Milliseconds, in the library's order, the mean of two rounds of `--ms` each; "bits" says which give
 those of PyTorch's choice. "torch" is that choice in the same rounds. Numbers are random, rows lie
@@ -49,7 +49,7 @@ def main():
     parser.add_argument("--shape", choices=SHAPES, default="llama3-8b")
     parser.add_argument("--rows", type=int, default=8192, help="tokens of a step")
     parser.add_argument("--ranks", type=int, default=64, help="columns of LoRA beside the weights")
-    parser.add_argument("--ms", type=float, default=12, help="length of a round")
+    parser.add_argument("--ms", type=float, default=60, help="length of a round")
     args = parser.parse_args()
     if not torch.cuda.is_available(): sys.exit("bench_products needs a GPU of NVIDIA's")
     print(torch.cuda.get_device_name(), args.shape, f"{args.rows} rows")
