@@ -160,7 +160,7 @@ def test_a_lead_of_less_than_a_percent_is_none():
 @gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("turned", TURNS)
-def test_every_kernel_of_the_list_gives_the_bits_of_pytorch(turned, dtype):
+def test_every_kernel_of_the_list_gives_the_product(turned, dtype):
     "Apart: rows lie 64 numbers apart, as beside a LoRA; the memory between them is left alone."
     m,k,n = 384,320,256
     for apart in (0, 64):

@@ -2,6 +2,7 @@
 
     python tools/bench_fp8.py                 the layers of a Llama-3-8B, 8192 tokens
     python tools/bench_fp8.py --tokens 2048
+    python tools/bench_fp8.py --inner 28672   with a feed-forward network as wide as that of a 70B
 
 First every kernel beside the formula, then medians in milliseconds: the passes with their share of
 the copy rate, the products, and the linear layers of one decoder layer forward and back, with LoRA
@@ -86,8 +87,8 @@ def passes(T, bench):
             "factors beside gate, up": (lambda: codes_beside(sB, right, steps, scales), 4*F*80),
             "factors beside down": (lambda: codes_beside(A.T, below, steps[:16]), F*80),
             "factors beside 8 layers": (CodesBeside(several), 8*F*560),
-            "rows of 14336": (lambda: quantize_rows(h), 3*tf),
-            "rows of 28672, factors": (lambda: quantize_rows(gate_up, factors), 6*tf),
+            f"rows of {F}": (lambda: quantize_rows(h), 3*tf),
+            f"rows of {2*F}, factors": (lambda: quantize_rows(gate_up, factors), 6*tf),
             "norm alone": (lambda: rms_forward(x, weight, 1e-6, residual=r, summed=r), 8*td),
             "norm and codes": (lambda: rms_codes(x, weight, 1e-6, residual=r, summed=r), 9*td),
             "glu alone": (lambda: glu_forward(gate_up, out=h), 6*tf),
@@ -156,15 +157,19 @@ def layers(T, bench):
 
 
 def main():
+    global F
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=8192)
+    parser.add_argument("--inner", type=int, default=F, help="width of the feed-forward network")
     args = parser.parse_args()
+    F = args.inner
     if not torch.cuda.is_available(): sys.exit("no GPU here")
     from ftkit.kernels.fp8 import need_fp8
     from triton.testing import do_bench
     need_fp8("cuda")
-    print(torch.cuda.get_device_name(), "torch", torch.__version__, f"{args.tokens} tokens")
+    card = torch.cuda.get_device_name()
+    print(card, "torch", torch.__version__, f"{args.tokens} tokens, {F} wide")
     torch.manual_seed(0)
     check()
     for part in passes, products, layers:
